@@ -34,6 +34,19 @@ async def test_every_documented_struct_is_a_schema_of_the_document(tmp_path: Pat
     assert references <= schemas.keys()
 
 
+async def test_the_document_names_the_scopes_and_bounds_that_the_routes_declare(tmp_path: Path) -> None:
+    async with running_server(tmp_path, "memory") as server:
+        paths = (await server.ask("GET", "/openapi.json", auth=False)).json["paths"]
+        for endpoint in endpoints_of(server.service):
+            if not endpoint.tag:
+                continue
+            operation, access = paths[endpoint.path.replace(":path}", "}")][endpoint.method.lower()], endpoint.access
+            scopes = [scope for alternative in operation["security"] for scope in alternative.get("key", ())]
+            assert scopes == list(access.scopes)
+            assert ({} in operation["security"]) is (access.credential == "key_off_loopback")
+            assert operation.get("x-body-bytes-max") == access.body_bytes_max
+
+
 async def returned(server: ServerUnderTest, method: str, path: str, kind: Any, body: Any = None) -> Any:
     """The response of an endpoint, decoded as the struct that documents it. It must have no other fields."""
     answer = await server.ask(method, path, body)

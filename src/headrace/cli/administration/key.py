@@ -35,7 +35,8 @@ def create(
     scopes: Annotated[
         str,
         typer.Option(
-            metavar="A,B", help="Scopes of the key: *, batches:write, batches:read, runs:write, runs:read, work."
+            metavar="A,B",
+            help="Scopes of the key: *, batches:write, batches:read, runs:write, runs:read, work, metrics:read.",
         ),
     ] = "*",
     name: Annotated[str, typer.Option(metavar="TEXT", help="A label for people.")] = "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 import typer
 
 from headrace.cli.invocation.opening import StoreOption
+from headrace.foundation.addresses import is_loopback
 
 if TYPE_CHECKING:
     from headrace.app import Headrace
@@ -97,7 +97,7 @@ def _check(settings: Settings, *, no_auth: bool, workers: int) -> None:
     from headrace.foundation.errors import InvalidSetting
     from headrace.foundation.settings import hidden
 
-    if no_auth and not _is_loopback(settings.host):
+    if no_auth and not is_loopback(settings.host):
         raise InvalidSetting(
             f"--no-auth on {settings.host} would give access without a key to everyone who can reach it",
             hint="listen on 127.0.0.1, or make a key with `headrace key create`",
@@ -112,7 +112,7 @@ def _check(settings: Settings, *, no_auth: bool, workers: int) -> None:
         raise InvalidSetting(
             f"expected tls_cert and tls_key together, but {missing} is not set", hint="set both, or neither"
         )
-    if settings.delivery is not None and not settings.grpc_secrets and not _is_loopback(settings.host):
+    if settings.delivery is not None and not settings.grpc_secrets and not is_loopback(settings.host):
         raise InvalidSetting(
             f"grpc_secrets is not set: every host that can reach {settings.host} could take activations",
             hint="set HEADRACE_GRPC_SECRETS, or listen on 127.0.0.1",
@@ -124,15 +124,6 @@ def _check(settings: Settings, *, no_auth: bool, workers: int) -> None:
         )
     if workers > 1 and not settings.port:
         raise InvalidSetting("several processes share one port, and none is set", hint="name it with --port")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 async def _supervise(settings: Settings, workers: int) -> int:
@@ -209,7 +200,7 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
         yield None
         return
     delivery = settings.delivery
-    if delivery is None and (settings.grpc_secrets or _is_loopback(settings.host)):
+    if delivery is None and (settings.grpc_secrets or is_loopback(settings.host)):
         delivery = "pull"
     async with AsyncExitStack() as stack:
         consumer = None

@@ -9,7 +9,7 @@ from headrace.foundation.access import Access
 from headrace.grpc.transport.gate import AUTHORIZATION, unauthenticated
 from headrace.grpc.transport.service_methods import CallContext
 from headrace.http.requests.auth import ANONYMOUS, Principal
-from headrace.http.requests.error_responses import Forbidden, Unauthorized
+from headrace.http.requests.error_responses import Unauthorized
 from headrace.http.requests.service import Service
 
 
@@ -71,11 +71,7 @@ class CallGate:
         if access.is_of_server:
             if principal.name == ANONYMOUS and self._has_secrets:
                 raise unauthenticated()
-            if principal.environment != self._service.engine.environment:
-                raise Forbidden(
-                    "the API key belongs to another environment than this server",
-                    hint="create a key with HEADRACE_ENVIRONMENT set as for the server",
-                )
+            self._service.check_is_of_server(principal)
         principal.check_any(access.scopes)
         call.caller = self._service.caller(principal)
 

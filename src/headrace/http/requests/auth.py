@@ -31,6 +31,7 @@ SCOPES: Final[Mapping[str, str]] = {
     "runs:write": "Enqueue single runs; cancel, replay and reschedule runs.",
     "runs:read": "Read runs.",
     "work": "Run tasks: sessions, claims, settlements.",
+    "metrics:read": "Read the server's metrics.",
 }
 KEY_PREFIX: Final = "tr_headrace_"
 TOKEN_S: Final = 3_600

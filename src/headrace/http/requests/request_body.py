@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import KIB, MIB, Limits
+from headrace.http.requests.declared_access import access_of, is_admitted
 from headrace.http.requests.error_responses import ClientGone, IdleTimeout, TooLarge, UnsupportedType
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ async def body_pieces(request: Request, limits: Limits) -> AsyncIterator[bytes]:
 
     Raises `IdleTimeout`, `ClientGone`, `TooLarge`, `UnsupportedType`, `InvalidInput`.
     """
+    if not is_admitted(request):
+        raise RuntimeError(f"expected {request.url.path} to admit its client before it reads the body")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
         turn_bytes = 0
@@ -91,11 +94,10 @@ async def _received(request: Request, idle_s: int) -> AsyncIterator[bytes]:
             return
 
 
-async def read_body(request: Request, limits: Limits, *, bytes_max: int = JSON_BYTES_MAX) -> bytes:
-    """Read a small body. Raises `TooLarge` as early as possible, and what `body_pieces` raises."""
-    content_length = request.headers.get("content-length", "")
-    if content_length.isdigit() and int(content_length) > bytes_max:
-        raise TooLarge("Request body too large", hint=f"the limit is {bytes_max} bytes")
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Read a body of the size that its route accepts. Raises `TooLarge`, and what `body_pieces` raises."""
+    bytes_max = access_of(request).body_bytes_max
+    assert bytes_max is not None, "a body without a bound is read by `body_pieces`"
     body = bytearray()
     async for piece in body_pieces(request, limits):
         body += piece
@@ -104,9 +106,9 @@ async def read_body(request: Request, limits: Limits, *, bytes_max: int = JSON_B
     return bytes(body)
 
 
-async def decode_body(request: Request, limits: Limits, kind: type[T], *, bytes_max: int = JSON_BYTES_MAX) -> T:
+async def decode_body(request: Request, limits: Limits, kind: type[T]) -> T:
     """Decode a small JSON body as a struct. Raises `InvalidInput` with the path of the invalid field."""
-    data = await read_body(request, limits, bytes_max=bytes_max)
+    data = await read_body(request, limits)
     if not data.strip():
         raise InvalidInput("Request body is empty")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -13,11 +13,13 @@ from starlette.requests import Request
 from headrace.core.admission import Bucket
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.span import Key
+from headrace.foundation.access import Access
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound, StoreUnreachable
 from headrace.foundation.ids import check_batch_id
 from headrace.http.requests.auth import ANONYMOUS, Authenticator, Principal
 from headrace.http.requests.browser_guard import check_not_foreign
-from headrace.http.requests.error_responses import Busy, Throttled
+from headrace.http.requests.declared_access import access_of, admit, declare
+from headrace.http.requests.error_responses import Busy, Forbidden, Throttled
 from headrace.http.requests.metrics import Metrics
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.upkeep import Upkeep
@@ -30,6 +32,8 @@ CHECK_S: Final = 2.0
 MINUTE_US: Final = 60_000_000
 QUEUES_EACH_US: Final = 5_000_000
 QUEUES_S: Final = 2.0
+FORWARDED: Final = ("forwarded", "x-forwarded-for", "x-real-ip")
+"""Headers by which a proxy names its client: its request comes from another machine."""
 RATE_HEADERS: Final = "headrace.rate"
 """Key in a request's scope for the rate-limit headers of its response."""
 
@@ -87,6 +91,7 @@ class Service:
         self.authenticator = Authenticator(engine, static_key=api_key, is_open=is_open)
         self.packets = ClientUploads(engine.payloads)
         self.metrics = Metrics(engine.duties)
+        self.is_on_loopback = True
         self.is_draining = False
         self.draining = asyncio.Event()
         self._deadlines: set[asyncio.Timeout] = set()
@@ -96,29 +101,46 @@ class Service:
     # -- authentication and rate limits
 
     async def authorize(
-        self, request: Request, scope: str, *, batch_id: str = "", is_free: bool = False
+        self, request: Request, *, batch_id: str = "", narrowed: Access | None = None
     ) -> RequestContext:
-        """Authenticate a request. Raises `Unauthorized`, `Forbidden`, `Throttled`. `is_free`: exempt from limits."""
+        """Admit a request by the access declaration of its route.
+
+        `batch_id`: the batch that a public token must name. `narrowed`: a stricter declaration. Raises
+        `Unauthorized`, `Forbidden`, `TooLarge`, `Throttled`.
+        """
+        if narrowed is not None:
+            declare(request, narrowed)
+        access = access_of(request)
         principal = await self._authenticate(request)
-        principal.check(scope, batch_id)
-        if not is_free and scope != "work":
+        principal.check_any(access.scopes, batch_id)
+        if access.is_of_server:
+            self.check_is_of_server(principal)
+        admit(request)
+        if access.is_metered:
             await self.spend_request(request, principal)
         return RequestContext(principal, self._engine_of(principal), request)
+
+    def check_is_of_server(self, principal: Principal) -> None:
+        """Raise `Forbidden` for a client of another environment than the server's own."""
+        if principal.environment != self.engine.environment:
+            raise Forbidden(
+                "the API key belongs to another environment than this server",
+                hint="create a key with HEADRACE_ENVIRONMENT set as for the server",
+            )
+
+    async def authorize_off_loopback(self, request: Request) -> None:
+        """Admit a request that needs a key unless it comes to a loopback address, and not through a proxy."""
+        is_local = self.is_on_loopback and not any(name in request.headers for name in FORWARDED)
+        if (is_local or self.authenticator.is_open) and "authorization" not in request.headers:
+            admit(request)
+        else:
+            await self.authorize(request)
 
     async def _authenticate(self, request: Request) -> Principal:
         principal = await self.authenticator.authenticate(request.headers.get("authorization"))
         if principal.name == ANONYMOUS:
             check_not_foreign(request)
         return principal
-
-    async def authorize_any(self, request: Request, scopes: Sequence[str], *, is_free: bool = False) -> RequestContext:
-        """Authenticate a request for which any of several scopes is enough."""
-        principal = await self._authenticate(request)
-        if not any(principal.may(scope) for scope in scopes):
-            principal.check(scopes[0])
-        if not is_free:
-            await self.spend_request(request, principal)
-        return RequestContext(principal, self._engine_of(principal), request)
 
     def caller(self, principal: Principal) -> Caller:
         """Return the caller of a client that sent no HTTP request."""

@@ -17,10 +17,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.foundation.access import Access, open_to_all
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.limits import KIB
 from headrace.foundation.logs import get_logger
+from headrace.http.requests.declared_access import admit, declare, is_admitted
 from headrace.http.requests.error_responses import error_response, loggable_path
 from headrace.http.requests.item_codec import ItemLine, LenientItemLine
+from headrace.http.requests.request_body import JSON_BYTES_MAX
 from headrace.http.requests.service import RATE_HEADERS, Service
 from headrace.http.server.health import ServerEndpoints
 from headrace.http.trigger_api.batches import TriggerBatchBody, TriggerBatches
@@ -40,6 +44,7 @@ from headrace.http.v1.batches import (
     V1Batches,
 )
 from headrace.http.v1.runs import V1Runs
+from headrace.http.v1.store_rpc import ACCESS as STORE_RPC
 from headrace.http.v1.store_rpc import StoreRpc
 from headrace.http.v1.worker_sessions import (
     ClaimBody,
@@ -54,16 +59,20 @@ from headrace.http.v1.worker_sessions import (
     WordsResponse,
     WorkerSessions,
 )
+from headrace.store.rpc import BYTES_MAX as SETTLEMENT_BYTES_MAX
 from headrace.store.rpc import ServerInfo
 from headrace.views import BatchView, RunView
 
 LOG: Any = get_logger("headrace.http")
+NO_BODY_BYTES_MAX: Final = 64 * KIB
+"""Announced bytes of a body above which an endpoint that reads none refuses a request."""
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 EndpointFunction = Callable[[Request], Awaitable[Response]]
 
 
 class ApiEndpoint(NamedTuple):
-    """One endpoint. `tag` groups it in the API documents; "" hides it there.
+    """One endpoint. `access`: who may call it, and the bytes that it reads. `tag` groups it in the API documents; ""
+    hides it there.
 
     `body` and `response`: the structs of its JSON body and response, where they are documented. `line`: that of each
     line of an NDJSON body. `content_type`: the type of its body.
@@ -72,12 +81,36 @@ class ApiEndpoint(NamedTuple):
     method: str
     path: str
     function: EndpointFunction
+    access: Access
     tag: str = ""
     body: type[msgspec.Struct] | None = None
     response: type[msgspec.Struct] | None = None
     content_type: str = "application/json"
     is_body_optional: bool = False
     line: type[msgspec.Struct] | None = None
+
+
+def keyed(*scopes: str, body_bytes_max: int | None = NO_BODY_BYTES_MAX, is_metered: bool = True) -> Access:
+    """Declare an endpoint that needs a key with any of these scopes."""
+    return Access(credential="key", scopes=scopes, body_bytes_max=body_bytes_max, is_metered=is_metered)
+
+
+READ_BATCHES: Final = keyed("batches:read")
+CHANGE_BATCHES: Final = keyed("batches:write")
+WRITE_BATCHES: Final = keyed("batches:write", body_bytes_max=JSON_BYTES_MAX)
+STREAM_ITEMS: Final = keyed("batches:write", body_bytes_max=None, is_metered=False)
+"""Streams are metered by their batch: `Service.is_exempt_from_limit`."""
+PRESIGN_UPLOAD: Final = keyed("batches:write", is_metered=False)
+PRESIGN_DOWNLOAD: Final = keyed("batches:read", is_metered=False)
+READ_RUNS: Final = keyed("runs:read")
+CHANGE_RUNS: Final = keyed("runs:write")
+WORK: Final = keyed("work", is_metered=False)
+WORK_WITH_BODY: Final = keyed("work", body_bytes_max=JSON_BYTES_MAX, is_metered=False)
+OPEN: Final = open_to_all(NO_BODY_BYTES_MAX)
+METRICS: Final = Access(
+    credential="key_off_loopback", scopes=("metrics:read",), body_bytes_max=NO_BODY_BYTES_MAX, is_of_server=True
+)
+ABOUT: Final = keyed("work", "batches:write", "batches:read", "runs:read")
 
 
 def endpoints_of(service: Service) -> list[ApiEndpoint]:
@@ -87,40 +120,52 @@ def endpoints_of(service: Service) -> list[ApiEndpoint]:
         *_trigger_endpoints(service),
         *_v1_endpoints(service),
         *_worker_endpoints(service),
-        ApiEndpoint("GET", "/v1/about", StoreRpc(service).about, "server", response=ServerInfo),
-        ApiEndpoint("GET", "/healthz", server.alive, "server"),
-        ApiEndpoint("GET", "/readyz", server.ready, "server"),
-        ApiEndpoint("GET", "/metrics", server.metrics, "server"),
-        ApiEndpoint("GET", "/openapi.json", server.openapi, "server"),
-        ApiEndpoint("GET", "/docs", server.docs, "server"),
+        ApiEndpoint("GET", "/v1/about", StoreRpc(service).about, ABOUT, "server", response=ServerInfo),
+        ApiEndpoint("GET", "/healthz", server.alive, OPEN, "server"),
+        ApiEndpoint("GET", "/readyz", server.ready, OPEN, "server"),
+        ApiEndpoint("GET", "/metrics", server.metrics, METRICS, "server"),
+        ApiEndpoint("GET", "/openapi.json", server.openapi, OPEN, "server"),
+        ApiEndpoint("GET", "/docs", server.docs, OPEN, "server"),
     ]
 
 
 def _trigger_endpoints(service: Service) -> list[ApiEndpoint]:
     batches, runs, uploads = TriggerBatches(service), TriggerRuns(service), Uploads(service)
+    packet_bytes_max = service.limits.packet_bytes_max
     return [
-        ApiEndpoint("POST", "/api/v3/batches", batches.create, "compatible", body=TriggerBatchBody),
+        ApiEndpoint("POST", "/api/v3/batches", batches.create, WRITE_BATCHES, "compatible", body=TriggerBatchBody),
         ApiEndpoint(
             "POST",
             "/api/v3/batches/{batch_id}/items",
             batches.stream,
+            STREAM_ITEMS,
             "compatible",
             content_type=NDJSON,
             line=LenientItemLine,
         ),
-        ApiEndpoint("GET", "/api/v1/batches/{batch_id}", batches.retrieve, "compatible"),
-        ApiEndpoint("GET", "/api/v2/batches/{batch_id}", batches.retrieve, "compatible"),
-        ApiEndpoint("GET", "/api/v1/batches/{batch_id}/results", batches.results, "compatible"),
-        ApiEndpoint("GET", "/api/v3/runs/{run_id}", runs.retrieve, "compatible"),
-        ApiEndpoint("GET", "/api/v1/runs", runs.index, "compatible"),
-        ApiEndpoint("GET", "/api/v1/runs/{run_id}/result", runs.result, "compatible"),
-        ApiEndpoint("POST", "/api/v2/runs/{run_id}/cancel", runs.cancel, "compatible"),
-        ApiEndpoint("POST", "/api/v1/runs/{run_id}/replay", runs.replay, "compatible"),
-        ApiEndpoint("PUT", "/api/v2/packets/{path:path}", uploads.presign_upload, "compatible"),
-        ApiEndpoint("PUT", "/api/v1/packets/{path:path}", uploads.presign_upload, "compatible"),
-        ApiEndpoint("GET", "/api/v1/packets/{path:path}", uploads.presign_download, "compatible"),
-        ApiEndpoint("PUT", "/api/packets/{environment}/{path:path}", uploads.upload),
-        ApiEndpoint("GET", "/api/packets/{environment}/{path:path}", uploads.download),
+        ApiEndpoint("GET", "/api/v1/batches/{batch_id}", batches.retrieve, READ_BATCHES, "compatible"),
+        ApiEndpoint("GET", "/api/v2/batches/{batch_id}", batches.retrieve, READ_BATCHES, "compatible"),
+        ApiEndpoint("GET", "/api/v1/batches/{batch_id}/results", batches.results, READ_BATCHES, "compatible"),
+        ApiEndpoint("GET", "/api/v3/runs/{run_id}", runs.retrieve, READ_RUNS, "compatible"),
+        ApiEndpoint("GET", "/api/v1/runs", runs.index, READ_RUNS, "compatible"),
+        ApiEndpoint("GET", "/api/v1/runs/{run_id}/result", runs.result, READ_RUNS, "compatible"),
+        ApiEndpoint("POST", "/api/v2/runs/{run_id}/cancel", runs.cancel, CHANGE_RUNS, "compatible"),
+        ApiEndpoint("POST", "/api/v1/runs/{run_id}/replay", runs.replay, CHANGE_RUNS, "compatible"),
+        ApiEndpoint("PUT", "/api/v2/packets/{path:path}", uploads.presign_upload, PRESIGN_UPLOAD, "compatible"),
+        ApiEndpoint("PUT", "/api/v1/packets/{path:path}", uploads.presign_upload, PRESIGN_UPLOAD, "compatible"),
+        ApiEndpoint("GET", "/api/v1/packets/{path:path}", uploads.presign_download, PRESIGN_DOWNLOAD, "compatible"),
+        ApiEndpoint(
+            "PUT",
+            "/api/packets/{environment}/{path:path}",
+            uploads.upload,
+            Access(credential="signed_url", body_bytes_max=packet_bytes_max),
+        ),
+        ApiEndpoint(
+            "GET",
+            "/api/packets/{environment}/{path:path}",
+            uploads.download,
+            Access(credential="signed_url", body_bytes_max=NO_BODY_BYTES_MAX),
+        ),
     ]
 
 
@@ -128,58 +173,104 @@ def _v1_endpoints(service: Service) -> list[ApiEndpoint]:
     batches, runs, activations = V1Batches(service), V1Runs(service), ActivationEndpoint(service)
     work = WorkerSessions(service)
     return [
-        ApiEndpoint("POST", "/v1/batches", batches.create, "batches", body=BatchBody, response=BatchView),
-        ApiEndpoint("GET", "/v1/batches", batches.index, "batches", response=BatchListResponse),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}", batches.retrieve, "batches", response=BatchView),
+        ApiEndpoint(
+            "POST", "/v1/batches", batches.create, WRITE_BATCHES, "batches", body=BatchBody, response=BatchView
+        ),
+        ApiEndpoint("GET", "/v1/batches", batches.index, READ_BATCHES, "batches", response=BatchListResponse),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}", batches.retrieve, READ_BATCHES, "batches", response=BatchView),
         ApiEndpoint(
             "POST",
             "/v1/batches/{batch_id}/items",
             batches.stream,
+            STREAM_ITEMS,
             "batches",
             response=ItemsResponse,
             content_type=NDJSON,
             line=ItemLine,
         ),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}/missing", batches.missing, "batches", response=MissingResponse),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}/results", batches.results, "batches"),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}/events", batches.events, "batches"),
+        ApiEndpoint(
+            "GET", "/v1/batches/{batch_id}/missing", batches.missing, READ_BATCHES, "batches", response=MissingResponse
+        ),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/results", batches.results, READ_BATCHES, "batches"),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/events", batches.events, READ_BATCHES, "batches"),
         ApiEndpoint(
             "POST",
             "/v1/batches/{batch_id}/seal",
             batches.seal,
+            WRITE_BATCHES,
             "batches",
             body=SealBody,
             response=BatchView,
             is_body_optional=True,
         ),
-        ApiEndpoint("POST", "/v1/batches/{batch_id}/cancel", batches.cancel, "batches", response=BatchView),
+        ApiEndpoint(
+            "POST", "/v1/batches/{batch_id}/cancel", batches.cancel, CHANGE_BATCHES, "batches", response=BatchView
+        ),
         ApiEndpoint(
             "POST",
             "/v1/batches/{batch_id}/redrive",
             batches.redrive,
+            WRITE_BATCHES,
             "batches",
             body=RedriveBody,
             response=RedriveResponse,
             is_body_optional=True,
         ),
-        ApiEndpoint("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs", body=RunBody, response=RunIdResponse),
-        ApiEndpoint("GET", "/v1/runs/{run_id}", runs.retrieve, "runs", response=RunView),
-        ApiEndpoint("POST", "/v1/activations", activations.stream, "runs", content_type=ACTIVATION_TYPES[0]),
+        ApiEndpoint(
+            "POST",
+            "/v1/tasks/{task}/runs",
+            work.enqueue,
+            keyed("runs:write", body_bytes_max=service.limits.item_bytes_max),
+            "runs",
+            body=RunBody,
+            response=RunIdResponse,
+        ),
+        ApiEndpoint("GET", "/v1/runs/{run_id}", runs.retrieve, READ_RUNS, "runs", response=RunView),
+        ApiEndpoint(
+            "POST",
+            "/v1/activations",
+            activations.stream,
+            keyed("runs:write", body_bytes_max=None),
+            "runs",
+            content_type=ACTIVATION_TYPES[0],
+        ),
     ]
 
 
 def _worker_endpoints(service: Service) -> list[ApiEndpoint]:
     work, stores = WorkerSessions(service), StoreRpc(service)
+    object_bytes_max = service.limits.item_bytes_max + service.limits.packet_bytes_max
     return [
-        ApiEndpoint("POST", "/v1/sessions", work.start, "work", body=SessionBody, response=SessionResponse),
-        ApiEndpoint("POST", "/v1/sessions/{session_id}/heartbeat", work.heartbeat, "work", response=HeartbeatResponse),
-        ApiEndpoint("DELETE", "/v1/sessions/{session_id}", work.end, "work"),
-        ApiEndpoint("POST", "/v1/claims", work.claim, "work", body=ClaimBody, response=ClaimResponse),
-        ApiEndpoint("POST", "/v1/settlements", work.settle, "work", body=SettlementsBody, response=WordsResponse),
-        ApiEndpoint("POST", "/v1/releases", work.release, "work", body=ReleasesBody, response=WordsResponse),
-        ApiEndpoint("POST", "/v1/store/{verb}", stores.perform),
-        ApiEndpoint("PUT", "/v1/objects/{key:path}", stores.put_object),
-        ApiEndpoint("GET", "/v1/objects/{key:path}", stores.get_object),
+        ApiEndpoint(
+            "POST", "/v1/sessions", work.start, WORK_WITH_BODY, "work", body=SessionBody, response=SessionResponse
+        ),
+        ApiEndpoint(
+            "POST", "/v1/sessions/{session_id}/heartbeat", work.heartbeat, WORK, "work", response=HeartbeatResponse
+        ),
+        ApiEndpoint("DELETE", "/v1/sessions/{session_id}", work.end, WORK, "work"),
+        ApiEndpoint("POST", "/v1/claims", work.claim, WORK_WITH_BODY, "work", body=ClaimBody, response=ClaimResponse),
+        ApiEndpoint(
+            "POST",
+            "/v1/settlements",
+            work.settle,
+            keyed("work", body_bytes_max=SETTLEMENT_BYTES_MAX, is_metered=False),
+            "work",
+            body=SettlementsBody,
+            response=WordsResponse,
+        ),
+        ApiEndpoint(
+            "POST", "/v1/releases", work.release, WORK_WITH_BODY, "work", body=ReleasesBody, response=WordsResponse
+        ),
+        ApiEndpoint("POST", "/v1/store/{verb}", stores.perform, STORE_RPC),
+        ApiEndpoint(
+            "PUT",
+            "/v1/objects/{key:path}",
+            stores.put_object,
+            keyed("work", "batches:write", body_bytes_max=object_bytes_max, is_metered=False),
+        ),
+        ApiEndpoint(
+            "GET", "/v1/objects/{key:path}", stores.get_object, keyed("work", "batches:read", is_metered=False)
+        ),
     ]
 
 
@@ -194,9 +285,9 @@ def make_app(service: Service) -> ASGIApp:
     async def on_error(request: Request, error: Exception) -> Response:
         return error_response(request, error)
 
-    by_path: dict[str, dict[str, EndpointFunction]] = {}
+    by_path: dict[str, dict[str, ApiEndpoint]] = {}
     for endpoint in endpoints_of(service):
-        by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint.function
+        by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint
     app = Starlette(
         routes=[Route(path, _by_method(methods), methods=list(methods)) for path, methods in by_path.items()],
         lifespan=lifespan,
@@ -206,11 +297,18 @@ def make_app(service: Service) -> ASGIApp:
     return ResponseEnvelope(app, service)
 
 
-def _by_method(methods: dict[str, EndpointFunction]) -> EndpointFunction:
-    async def endpoint(request: Request) -> Response:
-        return await methods["GET" if request.method == "HEAD" else request.method](request)
+def _by_method(methods: dict[str, ApiEndpoint]) -> EndpointFunction:
+    async def respond(request: Request) -> Response:
+        endpoint = methods["GET" if request.method == "HEAD" else request.method]
+        declare(request, endpoint.access)
+        if endpoint.access.is_open:
+            admit(request)
+        response = await endpoint.function(request)
+        if not is_admitted(request):
+            raise RuntimeError(f"expected {endpoint.path} to admit its client by its access declaration")
+        return response
 
-    return endpoint
+    return respond
 
 
 class ResponseEnvelope:

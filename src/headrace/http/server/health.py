@@ -14,7 +14,7 @@ from headrace.http.server.openapi import document, page
 
 
 class ServerEndpoints:
-    """Endpoints that need no API key: they return nothing that belongs to an environment."""
+    """Endpoints about the server. Only `/metrics` returns what belongs to an environment: the names of its queues."""
 
     def __init__(self, service: Service, paths: Callable[[], Sequence[Any]]) -> None:
         self._service = service
@@ -33,8 +33,9 @@ class ServerEndpoints:
             return json_response({"status": "store unavailable", "code": reason}, 503, {"retry-after": "5"})
         return json_response({"status": "ready"})
 
-    async def metrics(self, _request: Request) -> Response:
-        """`GET /metrics`: return the metrics in Prometheus' text format."""
+    async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`: return the metrics in Prometheus' text format. Off loopback addresses it needs a key."""
+        await self._service.authorize_off_loopback(request)
         await self._service.refresh_queue_metrics()
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from headrace.foundation.access import Access
 from headrace.http.requests.error_responses import PROBLEM, Problem
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ _QUERY: Final[dict[str, dict[str, Any]]] = {
     },
 }
 NDJSON: Final = "application/x-ndjson"
-_NO_KEY: Final = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
 
 
 def document(endpoints: Sequence[ApiEndpoint]) -> dict[str, Any]:
@@ -88,9 +88,16 @@ def _operation(endpoint: ApiEndpoint, path: str) -> dict[str, Any]:
     if (schema := _body_schema(endpoint)) is not None:
         content = {endpoint.content_type: {"schema": schema}}
         operation["requestBody"] = {"required": not endpoint.is_body_optional, "content": content}
-    if path in _NO_KEY:
-        operation["security"] = []
+    operation["security"] = _security(endpoint.access)
+    if endpoint.access.body_bytes_max is not None:
+        operation["x-body-bytes-max"] = endpoint.access.body_bytes_max
     return operation
+
+
+def _security(access: Access) -> list[dict[str, list[str]]]:
+    """Return the alternatives: a key with one of the scopes, or nothing."""
+    alternatives: list[dict[str, list[str]]] = [{"key": [scope]} for scope in access.scopes]
+    return [*alternatives, {}] if access.scopes and access.credential != "key" else alternatives
 
 
 def _body_schema(endpoint: ApiEndpoint) -> dict[str, Any] | None:
@@ -127,12 +134,15 @@ def page(endpoints: Sequence[ApiEndpoint]) -> str:
         if endpoint.tag:
             text = html.escape(" ".join((endpoint.function.__doc__ or "").split()).replace("`", ""))
             path = html.escape(endpoint.path)
-            rows.append(f"<tr><td>{endpoint.method}</td><td><code>{path}</code></td><td>{text}</td></tr>")
+            scopes = " or ".join(f"<code>{scope}</code>" for scope in endpoint.access.scopes) or "everyone"
+            rows.append(
+                f"<tr><td>{endpoint.method}</td><td><code>{path}</code></td><td>{text}</td><td>{scopes}</td></tr>"
+            )
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>Headrace</title>"
         "<style>body{font:16px/1.5 system-ui;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "td{padding:.3rem .6rem;vertical-align:top;border-top:1px solid #ddd}</style>"
         "<h1>Headrace</h1><p>The OpenAPI document is <a href=/openapi.json>/openapi.json</a>. "
-        "Every request, except those about the server itself, needs <code>Authorization: Bearer &lt;key&gt;</code>.</p>"
+        "A request needs <code>Authorization: Bearer &lt;key&gt;</code> with a key of the scope named here.</p>"
         f"<table>{''.join(rows)}</table></html>"
     )

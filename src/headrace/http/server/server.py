@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import uvicorn
 
+from headrace.foundation.addresses import is_loopback
 from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.logs import get_logger
 from headrace.http.requests.service import Service
@@ -120,6 +121,7 @@ class Server:
         self._serving: asyncio.Task[None] | None = None
         host, port = listener.getsockname()[:2]
         self.address: tuple[str, int] = (str(host), int(port))
+        service.is_on_loopback = is_loopback(self.address[0])
 
     @property
     def url(self) -> str:

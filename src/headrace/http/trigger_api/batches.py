@@ -54,7 +54,7 @@ class TriggerBatches:
     async def create(self, request: Request) -> Response:
         """`POST /api/v3/batches`: create a batch. The same idempotency key returns the same batch."""
         service = self._service
-        context = await service.authorize(request, "batches:write")
+        context = await service.authorize(request)
         params = await decode_body(request, service.limits, TriggerBatchBody)
         runs_max = service.limits.batch_runs_max
         if params.run_count > runs_max:
@@ -117,7 +117,7 @@ class TriggerBatches:
         """`POST /api/v3/batches/{id}/items`: send items as NDJSON, in any order, in one request or several."""
         batch_id = request.path_params["batch_id"]
         service = self._service
-        context = await service.authorize(request, "batches:write", batch_id=batch_id, is_free=True)
+        context = await service.authorize(request, batch_id=batch_id)
         content_type = request.headers.get("content-type", "")
         if "application/x-ndjson" not in content_type and "application/ndjson" not in content_type:
             raise UnsupportedType("Content-Type must be application/x-ndjson or application/ndjson")
@@ -141,7 +141,7 @@ class TriggerBatches:
     async def retrieve(self, request: Request) -> Response:
         """`GET /api/v1/batches/{id}` and `/api/v2/…`: return the batch and the ids of its runs."""
         batch_id = request.path_params["batch_id"]
-        context = await self._service.authorize(request, "batches:read", batch_id=batch_id)
+        context = await self._service.authorize(request, batch_id=batch_id)
         batch = await _get_batch(context, batch_id)
         fields = trigger_batch(batch)
         is_filled = batch.state != OPEN and batch.received_count <= RUNS_SHOWN_MAX
@@ -158,7 +158,7 @@ class TriggerBatches:
     async def results(self, request: Request) -> Response:
         """`GET /api/v1/batches/{id}/results`: return the results of finished runs, in index order."""
         batch_id = request.path_params["batch_id"]
-        context = await self._service.authorize(request, "batches:read", batch_id=batch_id)
+        context = await self._service.authorize(request, batch_id=batch_id)
         batch = await _get_batch(context, batch_id, "Batch not found")
         return StreamingResponse(self._results(context, batch), media_type="application/json")
 

@@ -39,7 +39,7 @@ class TriggerRuns:
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /api/v3/runs/{id}`: return a run with its payload and output."""
-        context, record, batch = await self._get_run(request, "runs:read")
+        context, record, batch = await self._get_run(request)
         fields = trigger_run(record, batch)
         if record.payload or record.kind == pack.TEXT:
             data, kind = await self._content(context, record.payload, record.kind)
@@ -51,7 +51,7 @@ class TriggerRuns:
 
     async def result(self, request: Request) -> Response:
         """`GET /api/v1/runs/{id}/result`: return the result of a finished run."""
-        context, record, _ = await self._get_run(request, "runs:read")
+        context, record, _ = await self._get_run(request)
         state = run.BY_NAME.get(record.state, run.WAITING)
         if state not in run.FINAL:
             raise NotFound("Run either doesn't exist or is not finished")
@@ -65,13 +65,13 @@ class TriggerRuns:
 
     async def cancel(self, request: Request) -> Response:
         """`POST /api/v2/runs/{id}/cancel`: cancel a run."""
-        context, record, _ = await self._get_run(request, "runs:write")
+        context, record, _ = await self._get_run(request)
         await context.engine.cancel_runs(record.batch_id, [record.index])
         return json_response({"id": run_id(record.batch_id, record.index)})
 
     async def replay(self, request: Request) -> Response:
         """`POST /api/v1/runs/{id}/replay`: start a new run of the same task with the same payload."""
-        context, record, _ = await self._get_run(request, "runs:write")
+        context, record, _ = await self._get_run(request)
         if record.state == "failed" and record.attempt == 1 and not record.attempts[1:]:
             failure = decode(record.result)
             if failure.type in ("PAYLOAD_TOO_LARGE", "InvalidJSON", "InvalidUTF8") and not failure.attempts:
@@ -84,9 +84,7 @@ class TriggerRuns:
 
     async def index(self, request: Request) -> Response:
         """`GET /api/v1/runs`: list runs by pages, newest batch first."""
-        context = await self._service.authorize(
-            request, "runs:read", batch_id=request.query_params.get("filter[batch]", "")
-        )
+        context = await self._service.authorize(request, batch_id=request.query_params.get("filter[batch]", ""))
         run_filter = _RunFilter(request)
         records, has_more = await self._page(context, run_filter)
         batches: dict[str, BatchRecord] = {}
@@ -151,15 +149,15 @@ class TriggerRuns:
         record = await context.engine.store.run(record.batch_id, record.index)
         return run_status(record.state, decode(record.result) if record.result else None) in run_filter.failures
 
-    async def _get_run(self, request: Request, scope: str) -> tuple[RequestContext, RunRecord, BatchRecord]:
+    async def _get_run(self, request: Request) -> tuple[RequestContext, RunRecord, BatchRecord]:
         """Return the run of the path, or the run it links to, and its batch. Raises `NotFound`."""
         name = request.path_params["run_id"]
         try:
             batch_id, index = parse_run_id(name)
         except InvalidInput:
-            await self._service.authorize(request, scope)
+            await self._service.authorize(request)
             raise NotFound("Run not found") from None
-        context = await self._service.authorize(request, scope, batch_id=batch_id)
+        context = await self._service.authorize(request, batch_id=batch_id)
         try:
             record = await context.engine.store.run(batch_id, index)
         except NotFound:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.foundation.errors import InvalidInput, NotFound, ObjectMissing
+from headrace.http.requests.declared_access import admit
 from headrace.http.requests.error_responses import Forbidden, json_response
 from headrace.http.requests.request_body import body_pieces
 from headrace.http.requests.service import RequestContext, Service
@@ -30,7 +31,7 @@ class Uploads:
 
     async def presign_upload(self, request: Request) -> Response:
         """`PUT /api/v2/packets/{path}` and `/api/v1/…`: return a URL to upload a packet to, and the packet's name."""
-        context = await self._service.authorize(request, "batches:write", is_free=True)
+        context = await self._service.authorize(request)
         path = check_path(request.path_params["path"])
         body = {"presignedUrl": await self._signed_url(request, context, "PUT", path)}
         if request.url.path.startswith("/api/v2"):
@@ -39,7 +40,7 @@ class Uploads:
 
     async def presign_download(self, request: Request) -> Response:
         """`GET /api/v1/packets/{path}`: return a URL to download a packet from."""
-        context = await self._service.authorize(request, "batches:read", is_free=True)
+        context = await self._service.authorize(request)
         path = check_path(request.path_params["path"])
         return json_response({"presignedUrl": await self._signed_url(request, context, "GET", path)})
 
@@ -91,6 +92,7 @@ class Uploads:
             raise Forbidden("the signature of the URL is invalid")
         if int(until) * 1_000_000 < self._service.engine.clock.now_us():
             raise Forbidden("the URL has expired", hint="request another one")
+        admit(request)
         return environment, path
 
 

@@ -28,7 +28,7 @@ class ActivationEndpoint:
     async def stream(self, request: Request) -> Response:
         """`POST /v1/activations`: store `TaskActivation` messages, each after its length as a varint, each id once."""
         service = self._service
-        context = await service.authorize(request, "runs:write")
+        context = await service.authorize(request)
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in CONTENT_TYPES:
             raise UnsupportedType(

@@ -102,7 +102,7 @@ class V1Batches:
     async def create(self, request: Request) -> Response:
         """`POST /v1/batches`: create a batch, with or without a known number of runs."""
         service = self._service
-        context = await service.authorize(request, "batches:write")
+        context = await service.authorize(request)
         params = await decode_body(request, service.limits, BatchBody)
         if params.key is not None:
             check_name("key", params.key)
@@ -133,7 +133,7 @@ class V1Batches:
 
     async def index(self, request: Request) -> Response:
         """`GET /v1/batches`: list batches by pages, newest first."""
-        context = await self._service.authorize(request, "batches:read")
+        context = await self._service.authorize(request)
         query = request.query_params
         limit = parse_int(query.get("limit"), 50, "limit", 1, 200)
         before = check_batch_id(query["before"]) if query.get("before") else ""
@@ -146,12 +146,12 @@ class V1Batches:
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /v1/batches/{id}`: return a batch and the number of its runs in each state."""
-        context = await self._call(request, "batches:read")
+        context = await self._call(request)
         return await self._batch_response(context, request.path_params["batch_id"])
 
     async def stream(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/items`: send items as NDJSON. A batch without `run_count` stays open."""
-        context = await self._call(request, "batches:write", is_free=True)
+        context = await self._call(request)
         if "ndjson" not in request.headers.get("content-type", ""):
             raise UnsupportedType(
                 "expected items as application/x-ndjson", hint="set Content-Type: application/x-ndjson"
@@ -175,7 +175,7 @@ class V1Batches:
 
     async def missing(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/missing`: return the index ranges not yet stored, each as `[first, last]`."""
-        context = await self._call(request, "batches:read")
+        context = await self._call(request)
         batch, _ = await context.get_batch(request.path_params["batch_id"])
         ranges_max = parse_int(request.query_params.get("ranges"), RANGES_MAX, "ranges", 1, RANGES_MAX)
         ranges = await context.engine.store.missing(batch.id, ranges_max + 1)
@@ -190,7 +190,7 @@ class V1Batches:
 
     async def seal(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/seal`: seal a batch, so that it accepts no more items. 409 while items are missing."""
-        context = await self._call(request, "batches:write")
+        context = await self._call(request)
         batch, _ = await context.get_batch(request.path_params["batch_id"])
         params = await _optional_body(request, self._service, SealBody)
         await context.engine.store.seal(batch.id, params.run_count, now_us=context.engine.clock.now_us())
@@ -199,14 +199,14 @@ class V1Batches:
 
     async def cancel(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/cancel`: cancel waiting runs and notify the workers of running ones."""
-        context = await self._call(request, "batches:write")
+        context = await self._call(request)
         batch, _ = await context.get_batch(request.path_params["batch_id"])
         await context.engine.stop_batch(batch.id, CANCELLED)
         return await self._batch_response(context, batch.id)
 
     async def redrive(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/redrive`: run failed runs, or those at given indexes, again from attempt 1."""
-        context = await self._call(request, "batches:write")
+        context = await self._call(request)
         batch, _ = await context.get_batch(request.path_params["batch_id"])
         params = await _optional_body(request, self._service, RedriveBody)
         count = await context.engine.store.redrive(batch.id, params.indexes)
@@ -219,7 +219,7 @@ class V1Batches:
         The stream ends with the batch, or after `limit` lines; with `wait=0` it ends at the first run that has not
         ended. Blank lines keep the connection alive.
         """
-        context = await self._call(request, "batches:read")
+        context = await self._call(request)
         batch, _ = await context.get_batch(request.path_params["batch_id"])
         query = request.query_params
         first = parse_int(query.get("from"), 0, "from", 0, INDEX_MAX)
@@ -259,7 +259,7 @@ class V1Batches:
 
     async def events(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/events`: stream the progress as server-sent events, until the batch has ended."""
-        context = await self._call(request, "batches:read")
+        context = await self._call(request)
         batch, _ = await context.get_batch(request.path_params["batch_id"])
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(self._events(context, batch.id), media_type="text/event-stream", headers=headers)
@@ -282,9 +282,8 @@ class V1Batches:
                 yield b"retry: 1000\n\n"
                 return
 
-    async def _call(self, request: Request, scope: str, *, is_free: bool = False) -> RequestContext:
-        batch_id = request.path_params["batch_id"]
-        return await self._service.authorize(request, scope, batch_id=batch_id, is_free=is_free)
+    async def _call(self, request: Request) -> RequestContext:
+        return await self._service.authorize(request, batch_id=request.path_params["batch_id"])
 
     async def _batch_response(self, context: RequestContext, batch_id: str, status: int = 200) -> Response:
         view = await full_batch_view(context.engine, *await context.get_batch(batch_id))

@@ -24,9 +24,9 @@ class V1Runs:
         try:
             batch_id, index = parse_run_id(name)
         except InvalidInput:
-            await self._service.authorize(request, "runs:read")
+            await self._service.authorize(request)
             raise NotFound(f"run {name[:60]!r} not found") from None
-        context = await self._service.authorize(request, "runs:read", batch_id=batch_id)
+        context = await self._service.authorize(request, batch_id=batch_id)
         record = await context.engine.store.run(batch_id, index)
         if record.environment != context.environment:
             raise NotFound(f"run {name[:60]!r} not found")

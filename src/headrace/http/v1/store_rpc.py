@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from headrace.core.span import LOST
+from headrace.foundation.access import Access
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
 from headrace.http.requests.error_responses import UnsupportedType
 from headrace.http.requests.lease_tokens import LeaseTokens
@@ -62,6 +63,22 @@ _TIMED: Final = frozenset(
 )
 """Operations that get the server's time as `now_us`."""
 
+OPERATION_ACCESS: Final = {
+    operation.name: Access(
+        credential="key",
+        scopes=tuple(operation.scope.split("|")),
+        body_bytes_max=operation.bytes_max,
+        is_metered="work" not in operation.scope.split("|") and operation.name != "append",
+    )
+    for operation in OPERATIONS.values()
+}
+"""Access to each operation."""
+ACCESS: Final = Access(
+    credential="key",
+    scopes=tuple(sorted({scope for access in OPERATION_ACCESS.values() for scope in access.scopes})),
+    body_bytes_max=max(operation.bytes_max for operation in OPERATIONS.values()),
+)
+"""Access to the route; `perform` narrows it to that of the operation."""
 _DECODERS: Final = {name: decoder(verb.request) for name, verb in OPERATIONS.items()}
 
 
@@ -81,7 +98,7 @@ class StoreRpc:
 
     async def about(self, request: Request) -> Response:
         """`GET /v1/about`: return the environment of the API key, the server's version and its time."""
-        context = await self._service.authorize_any(request, ("work", "batches:write", "batches:read", "runs:read"))
+        context = await self._service.authorize(request)
         about = ServerInfo(
             environment=context.environment, now_us=context.engine.clock.now_us(), version=version("headrace")
         )
@@ -92,13 +109,12 @@ class StoreRpc:
         verb = OPERATIONS.get(request.path_params["verb"])
         if verb is None:
             raise NotFound(f"unknown store operation {request.path_params['verb'][:60]!r}")
-        scopes = tuple(verb.scope.split("|"))
-        context = await self._service.authorize_any(request, scopes, is_free="work" in scopes or verb.name == "append")
+        context = await self._service.authorize(request, narrowed=OPERATION_ACCESS[verb.name])
         if CONTENT_TYPE not in request.headers.get("content-type", ""):
             raise UnsupportedType(f"expected a message of type {CONTENT_TYPE}")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise UnsupportedType("expected an uncompressed message", hint="send it without content-encoding")
-        body = await read_body(request, self._service.limits, bytes_max=verb.bytes_max)
+        body = await read_body(request, self._service.limits)
         try:
             message = _DECODERS[verb.name].decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -259,14 +275,13 @@ class StoreRpc:
 
     async def put_object(self, request: Request) -> Response:
         """`PUT /v1/objects/{key}`: store a payload or result that exceeds the inline limit."""
-        context = await self._service.authorize_any(request, ("work", "batches:write"), is_free=True)
+        context = await self._service.authorize(request)
         key = check_object_key(context, "", request.path_params["key"])
-        bytes_max = self._service.limits.item_bytes_max + self._service.limits.packet_bytes_max
-        await context.engine.payloads.put(key, await read_body(request, self._service.limits, bytes_max=bytes_max))
+        await context.engine.payloads.put(key, await read_body(request, self._service.limits))
         return Response(status_code=204)
 
     async def get_object(self, request: Request) -> Response:
         """`GET /v1/objects/{key}`: return a stored payload or result."""
-        context = await self._service.authorize_any(request, ("work", "batches:read"), is_free=True)
+        context = await self._service.authorize(request)
         key = check_object_key(context, "", request.path_params["key"])
         return Response(await context.engine.payloads.get(key), media_type="application/octet-stream")

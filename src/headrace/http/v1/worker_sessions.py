@@ -31,7 +31,6 @@ from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.sessions.cancel_watch import digest_of
 from headrace.runtime.tasks.bounds import check_name, check_text
 from headrace.store.protocol import Claim, Lease, Release, Session
-from headrace.store.rpc import BYTES_MAX
 
 WAIT_S_MAX: Final = 30
 _Name = Annotated[str, Meta(min_length=1, max_length=200)]
@@ -178,8 +177,8 @@ class WorkerSessions:
     async def enqueue(self, request: Request) -> Response:
         """`POST /v1/tasks/{task}/runs`: enqueue one run. If its idempotency key names a run, that run is returned."""
         service = self._service
-        context = await service.authorize(request, "runs:write")
-        params = await decode_body(request, service.limits, RunBody, bytes_max=service.limits.item_bytes_max)
+        context = await service.authorize(request)
+        params = await decode_body(request, service.limits, RunBody)
         decoder = HttpItemDecoder(
             defaults=service.default_key,
             limits=service.limits,
@@ -198,7 +197,7 @@ class WorkerSessions:
 
     async def start(self, request: Request) -> Response:
         """`POST /v1/sessions`: start a worker's session. It must send heartbeats from now on."""
-        context = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request)
         params = await decode_body(request, self._service.limits, SessionBody)
         check_text("host", params.host)
         for task in params.tasks or ():
@@ -228,7 +227,7 @@ class WorkerSessions:
         With `wait_s` and no cancelled run, the response comes when a run is cancelled, or after that time, at most
         `heartbeat_ms` later: then the next heartbeat is due.
         """
-        context = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request)
         session_id = check_session(request.path_params["session_id"])
         wait_s = parse_int(request.query_params.get("wait_s"), 0, "wait_s", 0, WAIT_S_MAX)
         now_us = context.engine.clock.now_us()
@@ -253,7 +252,7 @@ class WorkerSessions:
 
     async def end(self, request: Request) -> Response:
         """`DELETE /v1/sessions/{id}`: end a session and release its leases."""
-        context = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request)
         session_id = check_session(request.path_params["session_id"])
         now_us = context.engine.clock.now_us()
         await context.engine.store.end_session(session_id, now_us=now_us, owner=context.owner)
@@ -265,7 +264,7 @@ class WorkerSessions:
 
         Blanks before the response keep the connection alive.
         """
-        context = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request)
         params = await decode_body(request, self._service.limits, ClaimBody)
         claim = Claim(
             session_id=check_session(params.session),
@@ -313,8 +312,8 @@ class WorkerSessions:
 
     async def settle(self, request: Request) -> Response:
         """`POST /v1/settlements`: record outcomes. Returns `settled`, `recorded` (a repeat) or `lost` for each."""
-        context = await self._service.authorize(request, "work")
-        params = await decode_body(request, self._service.limits, SettlementsBody, bytes_max=BYTES_MAX)
+        context = await self._service.authorize(request)
+        params = await decode_body(request, self._service.limits, SettlementsBody)
         key = await self._lease_tokens.signing_key(context)
         valid: list[Settlement] = []
         is_valid: list[bool] = []
@@ -362,7 +361,7 @@ class WorkerSessions:
 
     async def release(self, request: Request) -> Response:
         """`POST /v1/releases`: release leases, whose runs then wait again."""
-        context = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request)
         params = await decode_body(request, self._service.limits, ReleasesBody)
         key = await self._lease_tokens.signing_key(context)
         leases = [self._lease_tokens.decode(key, lease) for lease in params.leases]

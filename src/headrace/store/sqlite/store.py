@@ -1,9 +1,9 @@
 """`SqliteStore`: the operations of a store on one file.
 
 With WAL and `synchronous=FULL`, an acknowledged commit survives a power cut. One thread writes (group commit), a few
-threads read beside it. The standard library's driver is used instead of apsw, although apsw releases the interpreter
-lock more often: two SQLite libraries on one file in one process lose each other's locks, and users open the file with
-the standard one.
+threads read beside it, and one more reads what takes long. The standard library's driver is used instead of apsw,
+although apsw releases the interpreter lock more often: two SQLite libraries on one file in one process lose each
+other's locks, and users open the file with the standard one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from headrace.store.reachability import Reachability
 from headrace.store.schema_version import check_current, check_known
 from headrace.store.sqlite import fast_path
 from headrace.store.sqlite.opened_file import OpenedFile
+from headrace.store.sqlite.read_task import AGAIN_S, ReadTask
 from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, store_error
 from headrace.store.statements import migrations, numbered
 from headrace.store.transactions.scripted_store import ScriptedStore
-from headrace.store.transactions.sql_script import Script
+from headrace.store.transactions.sql_script import Script, fetch_first
 
 T = TypeVar("T")
 
@@ -67,6 +68,7 @@ class SqliteStore(ScriptedStore):
         self._local = threading.local()
         self._closing = threading.Event()
         self._readers: ThreadPoolExecutor | None = None
+        self._scanner: ThreadPoolExecutor | None = None
         self._reading: list[sqlite3.Connection] = []
 
     # -- opening and closing
@@ -86,6 +88,7 @@ class SqliteStore(ScriptedStore):
             self._file.forget()
         self._writer.start()
         self._readers = self._readers or ThreadPoolExecutor(READERS, thread_name_prefix="headrace-sqlite-reader")
+        self._scanner = self._scanner or ThreadPoolExecutor(1, thread_name_prefix="headrace-sqlite-scanner")
         try:
             (self._store_id,) = await self._writer.run(
                 lambda connection: connection.execute(SQL["store_id"]).fetchone()
@@ -98,9 +101,11 @@ class SqliteStore(ScriptedStore):
         """Finish the requests that were accepted, and close every connection."""
         self._closing.set()
         await asyncio.to_thread(self._writer.close)
-        if self._readers is not None:
+        if self._readers is not None and self._scanner is not None:
             readers, self._readers = self._readers, None
+            scanner, self._scanner = self._scanner, None
             await asyncio.to_thread(readers.shutdown)
+            await asyncio.to_thread(scanner.shutdown)
             for connection in self._reading:
                 connection.close()
             self._reading.clear()
@@ -181,11 +186,28 @@ class SqliteStore(ScriptedStore):
         await self._written(work)
 
     async def _read(self, script: Callable[[], Script[T]]) -> T:
-        if self._readers is None:
-            raise StoreUnavailable("the store is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read_now, script)
+        return await self._read_in(self._readers, script)
 
-    def _read_now(self, script: Callable[[], Script[T]]) -> T:
+    async def _scan(self, script: Callable[[], Script[T]]) -> T:
+        return await self._read_in(self._scanner, script)
+
+    async def _read_in(self, threads: ThreadPoolExecutor | None, script: Callable[[], Script[T]]) -> T:
+        """Run a script in one of these threads. If the caller is cancelled, the thread is free at once."""
+        if threads is None:
+            raise StoreUnavailable("the store is closed")
+        loop, task = asyncio.get_running_loop(), ReadTask(script)
+
+        def interrupt() -> None:
+            if task.abandon() and not loop.is_closed():
+                loop.call_later(AGAIN_S, interrupt)
+
+        try:
+            return await loop.run_in_executor(threads, self._read_now, task)
+        except asyncio.CancelledError:
+            interrupt()
+            raise
+
+    def _read_now(self, task: ReadTask[T]) -> T:
         try:
             connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
             if connection is None:
@@ -193,11 +215,7 @@ class SqliteStore(ScriptedStore):
                 connection.execute("PRAGMA query_only = 1")
                 self._reading.append(connection)
             self._file.check()
-            connection.execute("BEGIN")
-            try:
-                return run_script(connection, script())
-            finally:
-                connection.execute("COMMIT")
+            return task.run(connection)
         except sqlite3.Error as error:
             raise store_error(error, self.path) from error
 
@@ -214,7 +232,7 @@ class SqliteStore(ScriptedStore):
         return await self._read(script)
 
     async def check(self) -> dict[str, object]:
-        """Make a round trip through the writer, and return the settings that durability depends on."""
+        """Make a round trip through the writer and a reader, and return the settings that durability depends on."""
 
         def work(connection: sqlite3.Connection) -> dict[str, object]:
             return {
@@ -227,6 +245,7 @@ class SqliteStore(ScriptedStore):
             }
 
         settings: dict[str, object] = await self._writer.run(work)
+        await self._read(lambda: fetch_first("store_id"))
         return settings
 
 

@@ -73,6 +73,10 @@ class ScriptedStore(ABC):
     async def _read(self, script: Callable[[], Script[T]]) -> T:
         """Run a script that changes nothing, on one snapshot."""
 
+    async def _scan(self, script: Callable[[], Script[T]]) -> T:
+        """Run a script that only reads, but rows of the whole store. It must not keep short reads waiting."""
+        return await self._read(script)
+
     async def perform(self, script: Callable[[], Script[T]]) -> T:
         """Run a script that is no operation of the store (those of a store copy) in one transaction."""
         return await self._write(script)
@@ -136,7 +140,7 @@ class ScriptedStore(ABC):
     async def stalled_lanes(self, environment: str, *, batch_id: str = "", now_us: int) -> list[StalledLane]:
         """Return the lanes with waiting runs that no live worker takes."""
         silent_since_us = now_us - self._limits.session_timeout_ms * 1_000
-        return await self._read(lambda: queries.stalled_lanes(environment, batch_id, silent_since_us))
+        return await self._scan(lambda: queries.stalled_lanes(environment, batch_id, silent_since_us))
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
@@ -217,7 +221,7 @@ class ScriptedStore(ABC):
 
     async def queues(self, environment: str) -> list[QueueView]:
         """List the queues that were ever used or paused."""
-        return await self._read(lambda: queries.queues(environment))
+        return await self._scan(lambda: queries.queues(environment))
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
         """Stop or resume claims from a queue."""
@@ -257,11 +261,11 @@ class ScriptedStore(ABC):
 
     async def size_bytes(self) -> int:
         """Return the size of the stored data."""
-        return await self._read(queries.size_bytes)
+        return await self._scan(queries.size_bytes)
 
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks, and compare with its counters."""
-        return await self._read(lambda: queries.verify(batch_id))
+        return await self._scan(lambda: queries.verify(batch_id))
 
     # -- upkeep
 
@@ -288,7 +292,7 @@ class ScriptedStore(ABC):
 
     async def unnamed(self, keys: Sequence[str]) -> list[str]:
         """Return those of these object keys that no row names."""
-        return await self._read(lambda: maintenance.unnamed(keys))
+        return await self._scan(lambda: maintenance.unnamed(keys))
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """Return when the next delayed span becomes claimable."""

@@ -168,6 +168,7 @@ class Headrace:
             )
         return register(*functions) if functions else register
 
+    @names_checked("app.endpoint()")
     def endpoint(
         self,
         name: str,
@@ -237,6 +238,7 @@ class Headrace:
         name: str | None = None,
         catch_up: CatchUp = "once",
     ) -> AnyTask: ...
+    @names_checked("app.schedule()")
     def schedule(
         self,
         *positional: Any,
@@ -273,6 +275,7 @@ class Headrace:
 
     # -- indexers
 
+    @names_checked("app.indexer()")
     def indexer(
         self,
         name: str,

@@ -101,6 +101,7 @@ class Task(Generic[P, R]):
             ),
         )
 
+    @names_checked("task.map()")
     async def map(
         self,
         items: Iterable[Any] | AsyncIterable[Any],
@@ -133,6 +134,7 @@ class Task(Generic[P, R]):
 
     enqueue_sync = blocking(enqueue)
 
+    @names_checked("task.map_sync()")
     def map_sync(
         self,
         items: Iterable[Any] | AsyncIterable[Any],
@@ -278,6 +280,7 @@ class TaskCall(Generic[P, R]):
         spec, _, payload = self._task.request(*args, **kwargs)
         return spec, self._options, payload
 
+    @names_checked("task.map()")
     async def map(
         self,
         items: Iterable[Any] | AsyncIterable[Any],
@@ -290,6 +293,7 @@ class TaskCall(Generic[P, R]):
 
     enqueue_sync = blocking(enqueue)
 
+    @names_checked("task.map_sync()")
     def map_sync(
         self,
         items: Iterable[Any] | AsyncIterable[Any],

@@ -67,6 +67,37 @@ MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: small_task().options(prio=3), "task.options() has no option 'prio'", "did you mean priority?"),
     (lambda: Headrace("app").worker(queue=["a"]), "app.worker() has no option 'queue'", "did you mean queues?"),  # type: ignore[call-arg]  # the mistake
     (
+        lambda: Headrace("app").schedule(small_task(), every=5),  # type: ignore[call-overload]  # the mistake
+        "app.schedule() has no option 'every'",
+        "did you mean every_s?",
+    ),
+    (
+        lambda: Headrace("app").schedule("* * * * *", timezone="UTC"),  # type: ignore[call-overload]  # the mistake
+        "app.schedule() has no option 'timezone'",
+        "its options: every_s, tz, name, catch_up",
+    ),
+    (
+        lambda: Headrace("app").endpoint("x", url="https://x.example", secrets="a"),  # type: ignore[call-arg]  # the mistake
+        "app.endpoint() has no option 'secrets'",
+        "did you mean secret?",
+    ),
+    (
+        lambda: Headrace("app").endpoint("x", url="https://x.example"),  # type: ignore[call-arg]  # the mistake
+        "app.endpoint(): missing a required",
+        "secret=…",
+    ),
+    (
+        lambda: Headrace("app").indexer("x", source=[], entity=[]),  # type: ignore[call-arg, arg-type]  # the mistake
+        "app.indexer() has no option 'entity'",
+        "did you mean entities?",
+    ),
+    (lambda: small_task().map([], key="a"), "task.map() has no option 'key'", "its options: batch_key"),
+    (
+        lambda: small_task().options(priority=1).map_sync([], batchkey="a"),
+        "task.map_sync() has no option 'batchkey'",
+        "did you mean batch_key?",
+    ),
+    (
         lambda: enter(in_memory_sync(Headrace("app"), crash_max=1)),
         "in_memory() has no limit 'crash_max'",
         "crashes_max",

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, assert_type
 
 from headrace import AsyncTask, Batch, BatchView, Headrace, Run, RunView, SyncTask
+from headrace.indexer import HandlerContext
 
 app = Headrace("typed", store="memory://")
 
@@ -61,6 +62,14 @@ async def typed() -> None:
     await fetch.enqueue(retries=1)  # type: ignore[call-arg]  # and a missing one
     add.enqueue_sync(1, c=2)  # type: ignore[call-arg]  # and one too many
     tick()
+
+
+def handle(ctx: HandlerContext) -> None:
+    """Assert that runs of an indexer are typed as other calls are; never called."""
+    ctx.enqueue(fetch, "a", retries=2)
+    ctx.enqueue(add.options(delay_s=1), 1)
+    ctx.enqueue(fetch, 1)  # type: ignore[arg-type]  # a wrong argument is seen
+    ctx.enqueue(add.options(delay_s=1), 1, c=2)  # type: ignore[call-arg]  # and one too many
 
 
 async def test_a_direct_call_is_the_function_itself() -> None:

@@ -200,6 +200,37 @@ async def test_an_invalid_call_of_a_handler_is_refused_with_a_hint(do: Any, word
         await account_indexer(invalid_call).simulate([Pay("a")])
 
 
+app_of_tasks = Headrace("tasks")
+
+
+@app_of_tasks.task
+async def notify(task: str, amount: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("do", "words"),
+    [
+        (lambda ctx: ctx.enqueue(notify, "a"), "missing a required argument: 'amount'"),
+        (lambda ctx: ctx.enqueue(notify, "a", ammount=1), "unexpected keyword argument 'ammount'|missing a required"),
+        (lambda ctx: ctx.enqueue(notify, "a", "many"), "the arguments don't fit task notify: .*amount"),
+        (lambda ctx: ctx.enqueue(notify.options(priority=1), "a", 1, 2), "too many positional arguments"),
+    ],
+)
+async def test_a_run_is_enqueued_only_with_arguments_that_fit_its_task(do: Any, words: str) -> None:
+    async def enqueueing(event: Pay, ctx: HandlerContext) -> None:
+        do(ctx)
+
+    with pytest.raises(HandlerFailed, match=words):
+        await account_indexer(enqueueing).simulate([Pay("a")])
+
+
+async def test_a_task_with_a_parameter_called_task_is_enqueued_by_name() -> None:
+    async def enqueueing(event: Pay, ctx: HandlerContext) -> None:
+        ctx.enqueue(notify, task=event.to, amount=1)
+
+    await account_indexer(enqueueing).simulate([Pay("a")])
+
+
 async def test_require_returns_an_existing_row() -> None:
     async def requiring(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, 3))

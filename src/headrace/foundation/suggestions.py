@@ -72,10 +72,11 @@ def names_checked(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def _check_call(
     call: str, signature: inspect.Signature, arguments: tuple[object, ...], options: dict[str, object]
 ) -> None:
-    """Raise `InvalidSetting` if a call does not fit a signature whose options are all given by name."""
-    names = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    """Raise `InvalidSetting` if a call does not fit a signature, whose options are its keyword-only parameters."""
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items() if name != "self"}
+    names = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
     try:
-        check_names(call, options, names, "option")
+        check_names(call, (name for name in options if name in names or name not in kinds), names, "option")
     except InvalidSetting as error:
         raise error from None
     try:

@@ -7,7 +7,7 @@ writes would belong to another event.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -28,6 +28,7 @@ from headrace.runtime.tasks.call_options import Options, extra_of, key_of
 from headrace.runtime.tasks.task_spec import TaskSpec
 
 E = TypeVar("E", bound=Entity)
+P = ParamSpec("P")
 
 LOG: Any = get_logger("headrace.indexer")
 
@@ -42,6 +43,14 @@ class EventAddress(NamedTuple):
     position: Position
     time_us: int | None
     kind: str
+
+
+class Enqueueable(Protocol[P]):
+    """A task, or a task with options. `P` are its parameters."""
+
+    def request(self, /, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
+        """Return one call as it is stored. Raises `InvalidInput` when the arguments don't fit the task."""
+        ...
 
 
 class EnqueueRequest(NamedTuple):
@@ -236,12 +245,12 @@ class HandlerContext(msgspec.Struct, eq=False):
         self._check("effect")
         return await self._scope.effects.call(effect, args, is_preload=self.is_preload)
 
-    def enqueue(self, task: Any, *args: Any, **kwargs: Any) -> None:
+    def enqueue(self, task: Enqueueable[P], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Enqueue a run of a task, or of `task.options(…)`. It is appended with the commit, so it is neither lost nor
-        doubled.
+        doubled. Raises `InvalidInput` when the arguments don't fit the task.
         """
         self._check("enqueue")
-        request: Callable[..., tuple[TaskSpec, Options, bytes]] | None = getattr(task, "request", None)
+        request = getattr(task, "request", None)
         if request is None:
             raise InvalidInput(f"enqueue: expected a task, got {task!r}", hint="decorate the function with @app.task")
         spec, options, payload = request(*args, **kwargs)

@@ -404,6 +404,8 @@ def test_doctor_passes_with_a_store_in_use(shell: Shell, done: str) -> None:
         "clock",
         "disk",
         "access",
+        "secrets",
+        "exposure",
         "objects",
         "sessions",
         "workers",
@@ -411,7 +413,7 @@ def test_doctor_passes_with_a_store_in_use(shell: Shell, done: str) -> None:
     ]
     assert all(ok for ok, _ in checked.values()), checked
     text = shell("doctor").out
-    assert text.count("ok  ") == 10
+    assert text.count("ok  ") == 12
 
 
 def test_doctor_reports_a_store_that_can_not_be_opened(shell: Shell) -> None:

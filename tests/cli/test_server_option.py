@@ -108,5 +108,5 @@ def test_commands_that_need_the_database_itself_say_so_about_a_server(shell: She
 def test_doctor_checks_what_a_client_can_see_of_a_server(shell: Shell, served: tuple[str, str]) -> None:
     url, _ = served
     checks = shell("doctor", "--server", url, "--json").json["checks"]
-    assert [check["check"] for check in checks] == ["store", "version", "workers", "batches"]
+    assert [check["check"] for check in checks] == ["store", "version", "exposure", "workers", "batches"]
     assert all(check["ok"] for check in checks), checks

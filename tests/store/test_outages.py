@@ -13,7 +13,8 @@ import asyncpg
 import pytest
 
 from headrace.app import Headrace
-from headrace.cli.administration.doctor import CheckFailed, durability
+from headrace.cli.administration.checks import CheckFailed
+from headrace.cli.administration.doctor import durability
 from headrace.compose import open_engine
 from headrace.foundation.errors import HeadraceError, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import DEFAULT

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final
 from urllib.parse import urlsplit
 
 import typer
 
+from headrace.cli.administration.checks import OTHERS, CheckFailed, CheckNoted, Finding
+from headrace.cli.administration.exposure import exposure, secrets
 from headrace.cli.invocation.opening import (
     JsonOption,
     ServerOption,
@@ -37,36 +38,13 @@ if TYPE_CHECKING:
     from headrace.store.protocol import Session
 
 CHECK_FAILED: Final = 1
-CLIENT_CHECKS: Final = ("version", "workers", "batches")
+CLIENT_CHECKS: Final = ("version", "exposure", "workers", "batches")
 CLOCK_OFFSET_MAX_S: Final = 2.0
 FREE_BYTES_MIN: Final = 512 * 1024 * 1024
 FULL_AFTER_S: Final = 60
 STUCK_AFTER_S: Final = 3_600
 DELAY_FAR_S: Final = 7 * 86_400
 PAGE_BATCHES: Final = 200
-OTHERS: Final = stat.S_IRWXO
-"""Mode bits of users who are neither the owner nor in the group of a file."""
-
-
-class CheckFailed(Exception):
-    """A check found a problem."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
-class CheckNoted(CheckFailed):
-    """A check found what may be a problem; it does not fail."""
-
-
-class Finding(NamedTuple):
-    """Result of one check."""
-
-    check: str
-    ok: bool
-    detail: str
-    hint: str = ""
 
 
 def command(
@@ -78,7 +56,7 @@ def command(
     server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check the store, its durability, clock, disk, objects and sessions, and find stuck batches.
+    """Check the store, its durability, clock, disk, objects, sessions and access, and find stuck batches.
 
     With --server, check what a client can see. Exit code 1 if any check fails.
     """
@@ -112,6 +90,8 @@ async def examine(settings: Settings) -> list[Finding]:
                 ("clock", lambda: clock(engine, directory)),
                 ("disk", lambda: disk(directory)),
                 ("access", lambda: access(settings)),
+                ("secrets", lambda: secrets(settings)),
+                ("exposure", lambda: exposure(engine, settings)),
                 ("objects", lambda: objects(engine, settings)),
                 ("sessions", lambda: sessions(engine)),
                 ("workers", lambda: workers(engine)),

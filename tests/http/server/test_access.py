@@ -231,3 +231,10 @@ async def test_a_server_knows_from_its_socket_that_it_listens_on_all_addresses(t
             assert (await peer.ask("GET", "/metrics", auth=False)).status == 401
             assert (await peer.ask("GET", "/healthz", auth=False)).status == 200
             await peer.close()
+
+
+async def test_behind_a_proxy_with_tls_an_upload_goes_to_an_https_url(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as server:
+        for headers, scheme in (({}, "http"), ({"x-forwarded-proto": "https"}, "https")):
+            answer = await server.ask("PUT", "/api/v2/packets/a.json", None, headers)
+            assert answer.json["presignedUrl"].startswith(f"{scheme}://test/")

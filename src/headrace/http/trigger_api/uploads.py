@@ -72,7 +72,9 @@ class Uploads:
         until_s = context.engine.clock.now_us() // 1_000_000 + SIGNED_S
         key = await self._service.authenticator.signing_key(context.environment)
         signature = _signature(key, method, context.environment, path, until_s)
-        base = f"{request.url.scheme}://{request.url.netloc}{UPLOAD}"
+        # The header only changes the URL that its own sender gets.
+        scheme = "https" if request.headers.get("x-forwarded-proto") == "https" else request.url.scheme
+        base = f"{scheme}://{request.url.netloc}{UPLOAD}"
         return f"{base}/{context.environment.encode().hex()}/{quote(path)}?until={until_s}&signature={signature}"
 
     async def _check(self, request: Request, method: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -14,12 +14,13 @@ from headrace.core import pack, run
 from headrace.core.batch import BatchRecord
 from headrace.core.failure import Failure, decode
 from headrace.core.serving import STALLED_AFTER_S, StalledLane, stalled_clause
-from headrace.foundation.errors import ClientFault, HeadraceError, StoreUnreachable
+from headrace.foundation.errors import ClientFault, HeadraceError, InvalidInput, StoreUnreachable
 from headrace.foundation.ids import run_id
-from headrace.foundation.logs import get_logger
+from headrace.foundation.logs import get_logger, run_ids
 from headrace.runtime.engine import Engine
 from headrace.runtime.owner_loop import OwnerLoop
 from headrace.runtime.retrying import backoff_s
+from headrace.runtime.tasks.run_slot import CURRENT_SLOT
 from headrace.store.protocol import RunOutcome, RunRecord
 from headrace.twins import blocking, blocking_iterator, on_owner_loop
 from headrace.views import BatchView, Content, RunView, batch_view, content, full_batch_view, linked, run_view
@@ -123,14 +124,14 @@ class Run(_Handle, Generic[R]):
         Raises `RunFailed` when the run failed, was cancelled or expired, and `WaitTimeout` after `timeout_s`.
         """
         engine = await self._engine()
-        waiting = _OutcomeWait(engine, timeout_s)
-        while True:
-            waiting.begin_check()
-            record = await waiting.read(self._record)
-            if run.BY_NAME.get(record.state, run.WAITING) in run.FINAL:
-                break
-            lane = (record.queue, record.task) if record.state == run.NAMES[run.WAITING] else None
-            await waiting.wait(f"run {self.id} has not ended ({record.state})", lane=lane)
+        async with _OutcomeWait(engine, timeout_s, batch_id=self.batch_id, index=self.index) as waiting:
+            while True:
+                waiting.begin_check()
+                record = await waiting.read(self._record)
+                if run.BY_NAME.get(record.state, run.WAITING) in run.FINAL:
+                    break
+                lane = (record.queue, record.task) if record.state == run.NAMES[run.WAITING] else None
+                await waiting.wait(f"run {self.id} has not ended ({record.state})", lane=lane)
         if record.state != run.NAMES[run.COMPLETED]:
             failure = decode(record.result) if record.result else None
             reason = f"{failure.type}: {failure.message}" if failure is not None else f"the run was {record.state}"
@@ -182,13 +183,13 @@ class Batch(_Handle, Generic[R]):
     async def wait(self, *, timeout_s: float | None = None) -> BatchView:
         """Wait until every run has ended. Raises `WaitTimeout` after `timeout_s`."""
         engine = await self._engine()
-        waiting = _OutcomeWait(engine, timeout_s)
-        while True:
-            waiting.begin_check()
-            batch, ledger = await waiting.read(partial(engine.store.batch, self.id))
-            if batch.is_finished:
-                return batch_view(batch, ledger)
-            await waiting.wait(f"batch {self.id} has not ended ({batch.unsettled_count} runs left)", batch_id=self.id)
+        async with _OutcomeWait(engine, timeout_s, batch_id=self.id) as waiting:
+            while True:
+                waiting.begin_check()
+                batch, ledger = await waiting.read(partial(engine.store.batch, self.id))
+                if batch.is_finished:
+                    return batch_view(batch, ledger)
+                await waiting.wait(f"batch {self.id} has not ended ({batch.unsettled_count} runs left)")
 
     async def results(self, *, from_index: int = 0, timeout_s: float | None = None) -> AsyncIterator[Outcome[R]]:
         """Iterate over the outcomes in index order while the batch runs.
@@ -198,10 +199,9 @@ class Batch(_Handle, Generic[R]):
         """
         next_index = from_index
         engine = await self._opened()
-        waiting = _OutcomeWait(engine, timeout_s)
+        waiting = _OutcomeWait(engine, timeout_s, batch_id=self.id)
         while True:
-            waiting.begin_check()
-            batch, page = await self._page(waiting, next_index)
+            batch, page = await self._next_page(waiting, next_index)
             first_index = next_index
             for stored in page:
                 outcome = await self._outcome(stored)
@@ -210,29 +210,37 @@ class Batch(_Handle, Generic[R]):
                 yield outcome
                 next_index = stored.index + 1
             if next_index > first_index:
-                waiting = _OutcomeWait(engine, timeout_s, has_read=True)
+                waiting = _OutcomeWait(engine, timeout_s, batch_id=self.id, has_read=True)
             elif batch.is_finished and not page:
                 return
-            else:
-                await self._wait_on(waiting, f"run {next_index} of batch {self.id} has not ended")
+            else:  # the next outcome is that of a run elsewhere
+                await self._next_page(waiting, next_index, is_linked=True)
 
     @on_owner_loop
     async def _opened(self) -> Engine:
         return await self._engine()
 
     @on_owner_loop
-    async def _page(self, waiting: _OutcomeWait, first_index: int) -> tuple[BatchRecord, list[RunOutcome]]:
+    async def _next_page(
+        self, waiting: _OutcomeWait, next_index: int, *, is_linked: bool = False
+    ) -> tuple[BatchRecord, list[RunOutcome]]:
+        """Wait for the next outcomes, or for the end of the batch. `is_linked`: the next outcome is that of a run
+        elsewhere, so wait first for a notification.
+        """
         store = (await self._engine()).store
 
         async def read() -> tuple[BatchRecord, list[RunOutcome]]:
             batch, _ = await store.batch(self.id)  # before the outcomes: a finished batch has them all
-            return batch, await store.outcomes(self.id, first_index, RESULTS_PAGE)
+            return batch, await store.outcomes(self.id, next_index, RESULTS_PAGE)
 
-        return await waiting.read(read)
-
-    @on_owner_loop
-    async def _wait_on(self, waiting: _OutcomeWait, unmet: str) -> None:
-        await waiting.wait(unmet, batch_id=self.id)
+        async with waiting:
+            while True:
+                waiting.begin_check()
+                batch, page = await waiting.read(read)
+                if not is_linked and (page or batch.is_finished):
+                    return batch, page
+                await waiting.wait(f"run {next_index} of batch {self.id} has not ended")
+                is_linked = False
 
     @on_owner_loop
     async def cancel(self) -> BatchView:
@@ -282,21 +290,52 @@ class Batch(_Handle, Generic[R]):
 class _OutcomeWait:
     """Waits for a notification of outcomes, at most a poll interval at a time, until a deadline.
 
-    Outcomes of this process notify at once; those of other processes are seen after a poll interval at the latest.
+    Outcomes of this process notify at once; those of other processes are seen after a poll interval at the latest. A
+    run that waits gives its slot back, and takes one again at the end of the block.
     """
 
-    def __init__(self, engine: Engine, timeout_s: float | None, *, has_read: bool = False) -> None:
-        """`has_read`: the store has answered this caller before."""
+    def __init__(
+        self,
+        engine: Engine,
+        timeout_s: float | None,
+        *,
+        batch_id: str,
+        index: int | None = None,
+        has_read: bool = False,
+    ) -> None:
+        """`batch_id`, `index`: the batch or the run that is waited for. `has_read`: the store has answered this caller
+        before.
+        """
         self._engine = engine
+        self._batch_id = batch_id
+        self._index = index
         self._has_read = has_read
+        self._watch = engine.recorded.watch(batch_id, index)
+        self._slot = CURRENT_SLOT.get()
+        self._slot_run_no: int | None = None
         self._deadline_us = None if timeout_s is None else engine.clock.now_us() + int(timeout_s * 1_000_000)
-        self._notifications_count = 0
         self._check_at_us = engine.clock.now_us() + STALLED_AFTER_S * 1_000_000
         self._reported: set[StalledLane] = set()
 
+    async def __aenter__(self) -> Self:
+        """Begin to watch."""
+        self._watch.begin(self._engine.clock)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """Stop watching, and take a slot again if one was given back."""
+        self._watch.end()
+        run_no, self._slot_run_no = self._slot_run_no, None
+        if self._slot is None or run_no is None:
+            return
+        if kind is None or issubclass(kind, Exception):
+            await self._slot.take_again(run_no)
+        else:
+            self._slot.take_at_once(run_no)
+
     def begin_check(self) -> None:
         """Note the notifications so far, before the store is read: a later one ends the next `wait` at once."""
-        self._notifications_count = self._engine.recorded.notified_count
+        self._watch.clear()
 
     async def read(self, call: Callable[[], Awaitable[T]]) -> T:
         """Read the store. An outage that begins after the first read is waited for, until the deadline."""
@@ -319,44 +358,70 @@ class _OutcomeWait:
                 self._has_read = True
                 return value
 
-    async def wait(self, unmet: str, *, batch_id: str = "", lane: tuple[str, str] | None = None) -> None:
+    async def wait(self, unmet: str, *, lane: tuple[str, str] | None = None) -> None:
         """Wait for the next notification. Raises `WaitTimeout` with the text `unmet` at the deadline.
 
         Its hint names runs that no live worker takes.
         After `STALLED_AFTER_S`, log the queues and tasks of the batch, or the one of a run, that no live worker takes.
+        Raises `InvalidInput` in a run that waits for itself or for its own batch.
         """
         engine = self._engine
+        if self._slot is not None and self._slot_run_no is None:
+            self._refuse_own()
+            self._slot_run_no = self._slot.give_back()
         check_s = (self._check_at_us - engine.clock.now_us()) / 1_000_000
         if check_s <= 0:
             check_s = STALLED_AFTER_S
             self._check_at_us = engine.clock.now_us() + STALLED_AFTER_S * 1_000_000
-            if batch_id or lane is not None:
+            if self._index is None or lane is not None:
                 with suppress(StoreUnreachable):
-                    await self._report_stalled(batch_id, lane)
+                    await self._report_stalled(lane)
         wait_s = min(engine.limits.poll_interval_ms / 1_000, check_s)
         if self._deadline_us is not None:
             left_s = (self._deadline_us - engine.clock.now_us()) / 1_000_000
             if left_s <= 0:
-                raise WaitTimeout(unmet, hint=await self._hint(batch_id, lane))
+                raise WaitTimeout(unmet, hint=await self._hint(lane))
             wait_s = min(wait_s, left_s)
-        await engine.recorded.wait(engine.clock, wait_s, since=self._notifications_count)
+        await self._watch.wait(engine.clock, wait_s)
 
-    async def _report_stalled(self, batch_id: str, lane: tuple[str, str] | None) -> None:
-        for stalled in await self._stalled(batch_id, lane):
+    def _refuse_own(self) -> None:
+        """Raise `InvalidInput` if the current run waits for its own end."""
+        current = run_ids()
+        if self._index is not None:
+            if current.get("run") == run_id(self._batch_id, self._index):
+                raise InvalidInput(
+                    f"run {current['run']} waits for itself, which never ends",
+                    hint="wait for the runs that this run enqueued",
+                )
+        elif current.get("batch") == self._batch_id:
+            raise InvalidInput(
+                f"a run of batch {self._batch_id} waits for this batch, which never ends",
+                hint="wait in a run of another batch, or in the program that made the batch",
+            )
+
+    @property
+    def _waited_batch_id(self) -> str:
+        """The batch, if it is the batch that is waited for; empty for a run, whose batch may be a stream."""
+        return self._batch_id if self._index is None else ""
+
+    async def _report_stalled(self, lane: tuple[str, str] | None) -> None:
+        for stalled in await self._stalled(lane):
             if stalled not in self._reported:
                 self._reported.add(stalled)
-                log_stalled(stalled, waited_s=STALLED_AFTER_S, batch=batch_id)
+                log_stalled(stalled, waited_s=STALLED_AFTER_S, batch=self._waited_batch_id)
 
-    async def _hint(self, batch_id: str, lane: tuple[str, str] | None) -> str:
-        if batch_id or lane is not None:
-            for stalled in await self._stalled(batch_id, lane):
+    async def _hint(self, lane: tuple[str, str] | None) -> str:
+        if self._index is None or lane is not None:
+            for stalled in await self._stalled(lane):
                 return f"{stalled_clause(stalled.queue, stalled.task, stalled.reason)}; {stalled.hint}"
         return "wait longer, or see `headrace run list` for what runs"
 
-    async def _stalled(self, batch_id: str, lane: tuple[str, str] | None) -> list[StalledLane]:
+    async def _stalled(self, lane: tuple[str, str] | None) -> list[StalledLane]:
         """Return the lanes of a batch, or the one of a run, that no live worker takes."""
         engine = self._engine
-        lanes = await engine.store.stalled_lanes(engine.environment, batch_id=batch_id, now_us=engine.clock.now_us())
+        lanes = await engine.store.stalled_lanes(
+            engine.environment, batch_id=self._waited_batch_id, now_us=engine.clock.now_us()
+        )
         return [stalled for stalled in lanes if lane in (None, (stalled.queue, stalled.task))]
 
 

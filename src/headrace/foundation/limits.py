@@ -44,6 +44,7 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("ingest_concurrency", "items", 10, 1, 10_000, "Large items of one batch that are written to the object store at a time."),
         Limit("flush_size", "updates", 500, 1, 100_000, "Updates that are flushed without waiting for the interval."),
         Limit("flush_interval_ms", "ms", 100, 1, HOUR_MS, "Longest time that an update waits for others before a flush."),
+        Limit("waiting_parents_max", "runs", 10_000, 0, 1_000_000, "Runs of one process that wait for other runs, in memory and without a slot."),
         Limit("heartbeat_ms", "ms", 5_000, 10, HOUR_MS, "Time between two heartbeats of a process."),
         Limit("session_timeout_ms", "ms", 15_000, 30, DAY_MS, "Time without a heartbeat after which a process counts as crashed."),
         Limit("crashes_max", "crashes", 3, 1, 1_000, "Crashes of a worker, caused by a run that runs alone, after which the run fails."),
@@ -121,6 +122,7 @@ class Limits:
     ingest_concurrency: int = TABLE["ingest_concurrency"].default
     flush_size: int = TABLE["flush_size"].default
     flush_interval_ms: int = TABLE["flush_interval_ms"].default
+    waiting_parents_max: int = TABLE["waiting_parents_max"].default
     heartbeat_ms: int = TABLE["heartbeat_ms"].default
     session_timeout_ms: int = TABLE["session_timeout_ms"].default
     crashes_max: int = TABLE["crashes_max"].default

@@ -129,18 +129,18 @@ class Engine:
     async def stop_batch(self, batch_id: str, state: str) -> BatchRecord:
         """Set a batch to `cancelled` or `abandoned`, and notify the workers that have its runs."""
         batch = await self.store.stop_batch(batch_id, state, now_us=self.clock.now_us())
-        self._notify_cancelled()
+        self._notify_cancelled(batch_id, None)
         return batch
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int]) -> int:
         """Cancel single runs, and notify the workers that have them. Returns how many had not ended."""
         count = await self.store.cancel_runs(batch_id, indexes, now_us=self.clock.now_us())
-        self._notify_cancelled()
+        self._notify_cancelled(batch_id, indexes)
         return count
 
-    def _notify_cancelled(self) -> None:
+    def _notify_cancelled(self, batch_id: str, indexes: Sequence[int] | None) -> None:
         self.cancelled.notify()
-        self.recorded.notify()
+        self.recorded.notify({batch_id: indexes})
 
     async def close(self) -> None:
         """Close the notifier, the indexers' tables and the store."""

@@ -16,7 +16,7 @@ def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(claim_sizing, "perf_counter", lambda: now_s)
 
     class Runs:
-        concurrency, unbegun_count, in_flight_count, ended_count = 100, 0, 0, 0
+        concurrency, unbegun_count, in_flight_count, waiting_count, ended_count = 100, 0, 0, 0, 0
 
     runs: Any = Runs()
     sizer = ClaimSizer(runs, chunk_runs=256)
@@ -46,7 +46,7 @@ def test_r19_runs_that_cannot_begin_soon_are_released_and_not_claimed_again(monk
     monkeypatch.setattr(claim_sizing, "perf_counter", lambda: now_s)
 
     class Runs:
-        concurrency, unbegun_count, in_flight_count, ended_count = 10, 0, 0, 0
+        concurrency, unbegun_count, in_flight_count, waiting_count, ended_count = 10, 0, 0, 0, 0
 
     runs: Any = Runs()
     sizer = ClaimSizer(runs, chunk_runs=256)

@@ -249,7 +249,7 @@ class Producer:
         if sealed_count is not None and index < sealed_count:
             raise _other_count(key, sealed_count, f"{index:,}")
         await self.engine.store.seal(batch_id, index, now_us=clock.now_us())
-        self.engine.recorded.notify()
+        self.engine.recorded.notify({batch_id: ()})
         return batch_id
 
     async def _create_mapped(self, task: str, key: str | None, metadata: dict[str, object]) -> tuple[str, int | None]:

@@ -42,6 +42,7 @@ class _PendingEnd(NamedTuple):
     slot: int
     last: Update
     began_once: bool
+    lease: Lease
 
 
 class _KnownLeases(NamedTuple):
@@ -415,7 +416,7 @@ class StoreSession:
     def _keep_until_written(self, name: tuple[int, int], active: ActiveLease, updates: Sequence[Update]) -> None:
         slot, active.slot = active.slot, -1
         if updates:
-            self._pending_ends[name] = _PendingEnd(self.marks, slot, updates[-1], _began_once(active))
+            self._pending_ends[name] = _PendingEnd(self.marks, slot, updates[-1], _began_once(active), active.lease)
         elif self.marks is not None and slot >= 0:
             self.marks.free(slot)
 
@@ -439,13 +440,26 @@ class StoreSession:
             results = await store.settle(settlements, now_us=clock.now_us())
             self._count_lost(settlements, results)
             self.on_recorded(sum(len(settlement.codes) for settlement in settlements))
-            self.engine.recorded.notify()
+            self.engine.recorded.notify(self._watched(settlements))
         if releases:
             crashes_max = self.engine.limits.crashes_max
             await store.release(releases, crashes_max=crashes_max, now_us=clock.now_us())
             self.engine.wakeup.notify()
         for update in updates:
             self._on_written(update)
+
+    def _watched(self, settlements: Sequence[Settlement]) -> dict[str, Sequence[int]]:
+        """Return the runs of settled leases that waiting tasks of this process may watch, by batch."""
+        recorded = self.engine.recorded
+        watched: dict[str, Sequence[int]] = {}
+        if recorded.watches_count:
+            for settlement in settlements:
+                name = (settlement.span_id, settlement.token)
+                holder = self._held.get(name) or self._pending_ends.get(name)
+                lease = None if holder is None else holder.lease
+                if lease is not None and (indexes := recorded.watched(lease.batch_id, lease.indexes)) is not None:
+                    watched[lease.batch_id] = [*watched.get(lease.batch_id, ()), *indexes]
+        return watched
 
     def _count_lost(self, settlements: Sequence[Settlement], results: Sequence[str]) -> None:
         for settlement, result in zip(settlements, results, strict=True):

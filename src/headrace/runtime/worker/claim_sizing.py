@@ -28,6 +28,10 @@ class RunExecutor(Protocol):
     ended_count: int
     concurrency: int
 
+    @property
+    def waiting_count(self) -> int:
+        """Number of runs in flight that wait for other runs, and leave their slots to them."""
+
     def submit(self, work: ActiveLease) -> None:
         """Queue the runs of a lease."""
 
@@ -57,7 +61,7 @@ class ClaimSizer:
         """Return the number of runs to claim now; 0 while enough wait."""
         self._measure()
         runs = self._runs
-        free = max(0, runs.concurrency - runs.in_flight_count)
+        free = max(0, runs.concurrency - runs.in_flight_count + runs.waiting_count)
         target = free + self._ahead
         low = max(target // 2, target - CLAIM_RUNS)
         if runs.unbegun_count > low or (not free and runs.unbegun_count >= max(self._ahead, 1)):

@@ -28,8 +28,8 @@ from headrace.foundation.logs import CURRENT_RUN, get_logger
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, ActiveLease, DirectCall, RetractedRuns, retract
-from headrace.runtime.tasks.context import Context
 from headrace.runtime.tasks.payload_codec import Arguments
+from headrace.runtime.tasks.run_slot import CURRENT_SLOT
 from headrace.runtime.tasks.superjson import PayloadRefused
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
@@ -44,8 +44,10 @@ from headrace.runtime.worker.run_driver import (
     await_thread,
     call_shielded,
     call_without_loop,
+    context_of,
     continue_coroutine,
 )
+from headrace.runtime.worker.slots import THREADS_MAX, Slots
 
 LOG: Any = get_logger("headrace.executor")
 SLICE_S: Final = 0.002
@@ -58,10 +60,13 @@ SUSPECT_CRASHES: Final = 2
 
 
 class ExecutorCallbacks(NamedTuple):
-    """Callbacks to the executor's owner: a lease has ended (`over`), or has its first unsent outcome (`dirty`)."""
+    """Callbacks to the executor's owner: a lease has ended (`over`), or has its first unsent outcome (`dirty`); a run
+    has given its slot back to wait for others (`waiting`).
+    """
 
     over: Callable[[ActiveLease], None]
     dirty: Callable[[ActiveLease], None]
+    waiting: Callable[[], None] = lambda: None
 
 
 class Executor:
@@ -103,11 +108,17 @@ class Executor:
         self._isolated: ActiveLease | None = None
         self._runners: list[RunnerState] = []
         self._idle: list[asyncio.Future[None]] = []
+        self._slots = Slots(concurrency, waiting_max=limits.waiting_parents_max, on_free=self._on_slot_free)
         self._is_stopping = False
         self._sentinel: asyncio.Task[bool] | None = None
         self._no_runs_in_flight = asyncio.Event()
         self._variables = copy_context()
         self._threads = threads
+
+    @property
+    def waiting_count(self) -> int:
+        """Number of runs in flight that wait for other runs and have no slot."""
+        return self._slots.waiting_count
 
     # -- leases in and out
 
@@ -207,21 +218,30 @@ class Executor:
     # -- runners
 
     def _wake_one(self) -> None:
+        """Wake an idle runner, or make one, if there is a free slot for it."""
+        if self._is_stopping or not self._slots.take():
+            return
         while self._idle:
             future = self._idle.pop()
             if not future.done():
                 future.set_result(None)
                 return
-        if len(self._runners) < self.concurrency and not self._is_stopping:
-            runner = RunnerState(self._variables)
-            self._runners.append(runner)
-            runner.task = asyncio.create_task(self._run(runner), name=f"headrace-runner-{len(self._runners)}")
-            runner.task.add_done_callback(lambda _: self._on_runner_end(runner))
+        runner = RunnerState(self._variables, self._slots)
+        self._runners.append(runner)
+        runner.task = asyncio.create_task(self._run(runner), name=f"headrace-runner-{len(self._runners)}")
+        runner.task.add_done_callback(lambda _: self._on_runner_end(runner))
+
+    def _on_slot_free(self) -> None:
+        """Use the slot of a run that began to wait."""
+        if self.unbegun_count:
+            self._wake_one()
+        self._hooks.waiting()
 
     def _on_runner_end(self, runner: RunnerState) -> None:
         """Replace a runner that ended without a stop (a `GeneratorExit` closes every task that awaits it)."""
         if not self._is_ending:
             self._runners.remove(runner)
+            runner.slot.give()
             self._wake_one()
 
     def _next_work(self) -> ActiveLease | None:
@@ -241,7 +261,7 @@ class Executor:
         isolated = self._isolated
         if isolated is not None and isolated.cursor < isolated.count:
             return isolated
-        if self.in_flight_count:
+        if self.in_flight_count > self._slots.waiting_count:
             return None
         self._isolated = self._suspects.popleft() if self._suspects else None
         return self._isolated if self._isolated is not None else self._next_work()
@@ -267,13 +287,13 @@ class Executor:
                 LOG.exception("runner.failed")
 
     async def _take_runs(self, runner: RunnerState) -> None:
-        began = perf_counter()
+        slots, slot, began = self._slots, runner.slot, perf_counter()
         while not self._is_stopping:
-            active = self._next_work()
+            if not slot.is_held:
+                slot.is_held = slots.take()
+            active = None if slots.resuming or not slot.is_held else self._next_work()
             if active is None:
-                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                self._idle.append(future)
-                await future
+                await self._wait_for_work(runner)
                 began = perf_counter()
                 continue
             plan = active.plan or choose_call(active, self.registry, has_deadline=self._deadline is not None)
@@ -304,6 +324,16 @@ class Executor:
             if runner.has_stale_cancellation or perf_counter() - began > SLICE_S:
                 await self._yield_to_loop(runner)
                 began = perf_counter()
+
+    async def _wait_for_work(self, runner: RunnerState) -> None:
+        """Give the slot away and wait for another one, and work with it."""
+        runner.slot.give()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle.append(future)
+        try:
+            await future
+        finally:
+            runner.slot.is_held = future.done() and not future.cancelled()
 
     async def _yield_to_loop(self, runner: RunnerState) -> None:
         """Yield to the event loop, and absorb a cancellation that a finished run left behind."""
@@ -338,8 +368,8 @@ class Executor:
         self._report(active)
         if not self.in_flight_count:
             self._no_runs_in_flight.set()
-            if self._suspects or self._isolated is not None:
-                self._wake_one()
+        if self.in_flight_count <= self._slots.waiting_count and (self._suspects or self._isolated is not None):
+            self._wake_one()
 
     # -- many direct calls
 
@@ -451,7 +481,7 @@ class Executor:
             self._outcomes.fail_for_good(active, lease_offset, "InvalidPayload", str(error))
             return None
         if spec.codec.context_name:
-            runner.context = arguments[1][spec.codec.context_name] = self._context(active, lease_offset, spec)
+            runner.context = arguments[1][spec.codec.context_name] = context_of(active, lease_offset, spec, self._clock)
         variables = runner.variables.copy()
         if self._deadline is not None and spec.timeout_s is not None:
             self._deadline(int((monotonic() + spec.timeout_s) * 1_000_000))
@@ -472,20 +502,6 @@ class Executor:
     def _spec(self, active: ActiveLease, lease_offset: int) -> TaskSpec:
         return self.registry.get(active.lease.task).with_overrides(
             active.lease.extras.get(active.span_slots[lease_offset])
-        )
-
-    def _context(self, active: ActiveLease, lease_offset: int, spec: TaskSpec) -> Context:
-        lease = active.lease
-        extra = lease.extras.get(active.span_slots[lease_offset])
-        deadline_us = None if spec.timeout_s is None else self._clock.now_us() + int(spec.timeout_s * 1_000_000)
-        return Context(
-            batch_id=lease.batch_id,
-            index=lease.indexes[lease_offset],
-            attempt=lease.attempt,
-            task=lease.task,
-            queue=lease.queue,
-            deadline_us=deadline_us,
-            headers=extra.headers if extra is not None else None,
         )
 
     async def _await_run(
@@ -542,8 +558,10 @@ class Executor:
         discarded.
         """
         variables.run(CURRENT_RUN.set, ThreadRun(active, lease_offset))
+        variables.run(CURRENT_SLOT.set, runner.slot.of_thread())
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="headrace-run")
+            threads_max = self.concurrency + min(self._slots.waiting_max, THREADS_MAX)  # each is made when it is needed
+            self._threads = ThreadPoolExecutor(threads_max, thread_name_prefix="headrace-run")
         future = asyncio.get_running_loop().run_in_executor(
             self._threads, partial(variables.run, call_shielded, spec.function, *arguments)
         )

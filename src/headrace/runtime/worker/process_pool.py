@@ -127,6 +127,7 @@ class ProcessPool:
         self.concurrency = self._per_child * self._count
         self.unbegun_count = 0
         self.in_flight_count = 0
+        self.waiting_count = 0  # a run in a child process keeps its slot while it waits
         self.ended_count = 0
         self._children = [_ChildProcess(number) for number in range(self._count)]
         self._ready: deque[ActiveLease] = deque()

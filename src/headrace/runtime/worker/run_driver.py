@@ -14,9 +14,12 @@ from typing import Any
 
 from headrace.foundation.ids import run_id
 from headrace.foundation.logs import CURRENT_RUN
-from headrace.runtime.clock import Timer
-from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.clock import Clock, Timer
+from headrace.runtime.sessions.active_lease import BEGUN, ActiveLease
 from headrace.runtime.tasks.context import Context
+from headrace.runtime.tasks.run_slot import CURRENT_SLOT
+from headrace.runtime.tasks.task_spec import TaskSpec
+from headrace.runtime.worker.slots import RunnerSlot, Slots
 
 TIMEOUT = "timeout"
 CANCELLED = "cancelled"
@@ -48,15 +51,32 @@ def ids_of(active: ActiveLease, lease_offset: int) -> Mapping[str, object]:
     }
 
 
+def context_of(active: ActiveLease, lease_offset: int, spec: TaskSpec, clock: Clock) -> Context:
+    """Return the context of a run that begins now."""
+    lease = active.lease
+    extra = lease.extras.get(active.span_slots[lease_offset])
+    return Context(
+        batch_id=lease.batch_id,
+        index=lease.indexes[lease_offset],
+        attempt=lease.attempt,
+        task=lease.task,
+        queue=lease.queue,
+        deadline_us=None if spec.timeout_s is None else clock.now_us() + int(spec.timeout_s * 1_000_000),
+        headers=extra.headers if extra is not None else None,
+    )
+
+
 class RunnerState:
     """One runner coroutine and its current run. `reason`: why that run was interrupted, or empty."""
 
-    __slots__ = ("active", "context", "lease_offset", "reason", "task", "timer", "variables")
+    __slots__ = ("active", "context", "lease_offset", "reason", "slot", "task", "timer", "variables")
 
-    def __init__(self, variables: Variables) -> None:
-        """`variables`: the context of which each run gets a copy."""
+    def __init__(self, variables: Variables, slots: Slots) -> None:
+        """`variables`: the context of which each run gets a copy. `slots`: where a slot was taken for this runner."""
+        self.slot = RunnerSlot(slots, self)
         self.variables = variables.copy()
         self.variables.run(CURRENT_RUN.set, self)
+        self.variables.run(CURRENT_SLOT.set, self.slot)
         self.task: asyncio.Task[None] | None = None
         self.active: ActiveLease | None = None
         self.lease_offset = 0
@@ -67,6 +87,21 @@ class RunnerState:
     def run_ids(self) -> Mapping[str, object]:
         """Return the ids of the current run, for its log lines."""
         return {} if self.active is None else ids_of(self.active, self.lease_offset)
+
+    @property
+    def is_running(self) -> bool:
+        """True while there is a current run."""
+        return self.active is not None
+
+    def mark_waiting(self, is_waiting: bool) -> None:
+        """Remove the in-flight mark of the current run while it waits, and set it again."""
+        active, lease_offset = self.active, self.lease_offset
+        if active is None or active.codes[lease_offset]:
+            return
+        if is_waiting:
+            active.mark_not_begun(lease_offset)
+        else:
+            active.marks[active.span_slots[lease_offset]] = BEGUN
 
     def interrupt(self, reason: str) -> bool:
         """Interrupt the current run for `reason`: `timeout`, `cancelled` or `stopped`. False if there is none, or it
@@ -88,6 +123,7 @@ class RunnerState:
     def clear(self) -> None:
         """Forget the current run, which has ended."""
         self.active, self.context, self.reason = None, None, ""
+        self.slot.end_run()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None

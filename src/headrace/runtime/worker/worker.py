@@ -77,12 +77,14 @@ class Worker:
             queues=None if queues is None else tuple(queues),
             concurrency=concurrency,
         )
-        self.session = StoreSession(engine, kind=kind, slots=max(SLOTS, 2 * concurrency), serves=serves)
+        self.session = StoreSession(
+            engine, kind=kind, slots=max(SLOTS, 2 * concurrency + engine.limits.waiting_parents_max), serves=serves
+        )
         self.upkeep = Upkeep(engine, lambda: self.session.session_id)
         self._scheduler = Scheduler(engine, registry) if schedules and registry.schedules else None
         self._registry = registry
         self._queues = queues
-        hooks = ExecutorCallbacks(over=self._on_finished, dirty=self._on_unsettled)
+        hooks = ExecutorCallbacks(self._on_finished, self._on_unsettled, self._wants_runs_now)
         self._executor = Executor(
             registry,
             concurrency=concurrency,
@@ -116,8 +118,7 @@ class Worker:
         self._wants_runs = asyncio.Event()
         self._stopping = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
-        self._counts = {run.COMPLETED: 0, run.FAILED: 0, ord("r"): 0}
-        self._is_draining = False
+        self._counts, self._is_draining = {run.COMPLETED: 0, run.FAILED: 0, ord("r"): 0}, False
         self._loop_watch: LoopWatch | None = None
         self._ending: asyncio.Task[None] | None = None
         self._renewing = asyncio.Lock()
@@ -280,6 +281,10 @@ class Worker:
             self._pool.take_unbegun()
         self._wants_runs.set()
         self.engine.wakeup.notify()
+
+    def _wants_runs_now(self) -> None:
+        """Claim at once: a run gave its slot back."""
+        self._wants_runs.set()
 
     # -- settling
 

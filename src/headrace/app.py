@@ -46,6 +46,7 @@ from headrace.runtime.tasks.bounds import check_is_list, check_name
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import OnExhausted, Pool, TaskSpec
 from headrace.runtime.worker.worker import Worker
+from headrace.store.paging import listed_batches, listed_runs
 from headrace.store.projections import check_batch_state, check_run_state
 from headrace.task import AsyncTask, Decorator, P, R, SyncTask, Task
 from headrace.twins import blocking, iterate, on_owner_loop, refuse_in_loop
@@ -494,7 +495,8 @@ class Headrace:
             check_batch_state(state)
         engine = await self.open()
         states = None if state is None else [state]
-        return [batch_view(*row) for row in await engine.store.batches(engine.environment, states=states, limit=limit)]
+        rows = await listed_batches(engine.store, engine.environment, states=states, limit=limit)
+        return [batch_view(*row) for row in rows]
 
     @on_owner_loop
     async def runs(
@@ -507,7 +509,8 @@ class Headrace:
         """
         check_run_state(state)
         engine = await self.open()
-        records = await engine.store.runs(
+        records = await listed_runs(
+            engine.store,
             engine.environment,
             batch_id=check_batch_id(batch) if batch else "",
             state=state,

@@ -32,6 +32,7 @@ from headrace.runtime.indexing.definition import IndexerDefinition, IndexerProgr
 from headrace.runtime.indexing.pipeline import IndexerPipeline
 from headrace.runtime.indexing.sources.source import Arrival
 from headrace.store.entities.protocol import Commit, EntityStore, IndexerState
+from headrace.store.paging import listed_batches, listed_runs
 
 E = TypeVar("E", bound=Entity)
 ALL_RUNS = 1_000_000
@@ -153,8 +154,8 @@ class Simulation:
         """Return the committed runs that handlers enqueued, in order."""
         store, environment = self.engine.store, self.engine.environment
         runs = []
-        for batch, _ in reversed(await store.batches(environment, limit=ALL_RUNS)):
-            for run in await store.runs(environment, batch_id=batch.id, limit=ALL_RUNS):
+        for batch, _ in reversed(await listed_batches(store, environment, limit=ALL_RUNS)):
+            for run in await listed_runs(store, environment, batch_id=batch.id, limit=ALL_RUNS):
                 view = await store.run(batch.id, run.index)
                 payload = msgspec.json.decode(view.payload)
                 runs.append(EnqueuedRun(view.task, view.queue, payload, view.idempotency_key))

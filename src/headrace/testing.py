@@ -27,6 +27,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.owner_loop import OwnerLoop
 from headrace.runtime.worker.sequential_threads import SequentialThreads
 from headrace.runtime.worker.worker import Worker
+from headrace.store.paging import listed_batches
 from headrace.twins import blocking
 
 DRAIN_TIMEOUT_S: Final = 10
@@ -95,7 +96,7 @@ class Harness:
 
     async def _ended_by_batch(self) -> dict[str, int]:
         """Count the runs of each batch that have ended."""
-        batches = await self.engine.store.batches(self.engine.environment, limit=BATCHES_MAX)
+        batches = await listed_batches(self.engine.store, self.engine.environment, limit=BATCHES_MAX)
         return {
             batch.id: ledger.completed + ledger.failed + ledger.cancelled + ledger.expired for batch, ledger in batches
         }

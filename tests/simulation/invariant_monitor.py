@@ -17,6 +17,7 @@ from headrace.core.pack import REFERENCE, unpack
 from headrace.core.span import LEASED, SETTLED, Settlement, Span, block_offsets_of
 from headrace.store.memory import MemoryStore
 from headrace.store.memory.reads import indexes_of
+from headrace.store.paging import outcomes_from
 from headrace.store.protocol import Lease
 from tests.support import invariants
 from tests.support.invariants import Record
@@ -142,7 +143,9 @@ class InvariantMonitor:
             self._fault(fault)
         tables = self.store._tables
         for batch in tables.batches.values():
-            for fault in self._record.note(batch.id, result_of(self.store.outcomes(batch.id, 0, invariants.ALL))):
+            for fault in self._record.note(
+                batch.id, result_of(outcomes_from(self.store, batch.id, runs_max=invariants.ALL))
+            ):
                 self._fault(fault)
         for batch_id, indexes in self.acknowledged.items():
             received = tables.received[batch_id]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from headrace.core.batch import COMPLETED, LISTED, OPEN, SEALED, BatchRecord, Ledger
 from headrace.core.run import FINAL, NAMES
+from headrace.store.paging import listed_batches, listed_runs, outcomes_from
 from headrace.store.protocol import QueryStore, RunOutcome
 
 ALL = 1_000_000
@@ -16,7 +17,7 @@ FINAL_NAMES = {NAMES[state] for state in FINAL}
 async def faults(store: QueryStore, environment: str = "default") -> list[str]:
     """Return everything that is wrong in an environment, as far as operations of the store can show."""
     faulty = []
-    for batch, ledger in await store.batches(environment, limit=ALL):
+    for batch, ledger in await listed_batches(store, environment, limit=ALL):
         faulty += [f"{batch.id}: {fault}" for fault in await batch_faults(store, batch, ledger)]
     return faulty
 
@@ -31,14 +32,14 @@ async def batch_faults(store: QueryStore, batch: BatchRecord, ledger: Ledger) ->
     if verification.ledger != ledger:
         faulty.append(f"the chunks tell {verification.ledger}, the counters {ledger}")
     faulty += completion_faults(batch, ledger)
-    runs = await store.runs(batch.environment, batch_id=batch.id, limit=ALL)
+    runs = await listed_runs(store, batch.environment, batch_id=batch.id, limit=ALL)
     if [run.index for run in runs] != sorted({run.index for run in runs}):
         faulty.append("runs are listed twice or out of order")
     states = [run.state for run in runs]
     counted = {name: states.count(name) for name in FINAL_NAMES}
     if any(counted[name] != getattr(ledger, name) for name in FINAL_NAMES):
         faulty.append(f"the runs tell {counted}, the ledger {ledger}")
-    outcomes = await store.outcomes(batch.id, 0, ALL)
+    outcomes = await outcomes_from(store, batch.id, runs_max=ALL)
     wanted: list[tuple[int, str]] = []
     for run in runs:
         if run.state not in FINAL_NAMES or (batch.kind == LISTED and run.index != len(wanted)):

@@ -37,6 +37,8 @@ TABLE: Final[Mapping[str, Limit]] = {
     for limit in (
         Limit("chunk_runs_max", "runs", 256, 1, 4_096, "Runs that are stored, claimed and settled as one row."),
         Limit("chunk_bytes_max", "bytes", MIB, 4 * KIB, 16 * MIB, "Inline payload of one chunk."),
+        Limit("results_page_bytes_max", "bytes", 8 * MIB, KIB, 1_024 * MIB, "Results, errors or metadata in one page that a store returns; a page has at least one entry."),
+        Limit("claim_bytes_max", "bytes", 16 * MIB, KIB, 1_024 * MIB, "Inputs of the runs that one claim returns; a claim returns at least one run."),
         Limit("item_bytes_max", "bytes", 3 * MIB, KIB, 256 * MIB, "One line of a batch, before decoding."),
         Limit("inline_bytes_max", "bytes", 512 * KIB, 64, 16 * MIB, "Payloads and results of this size or more go to the object store."),
         Limit("database_object_bytes_max", "bytes", 64 * MIB, KIB, 256 * MIB, "One payload or result in a PostgreSQL store that has no object store."),
@@ -115,6 +117,8 @@ class Limits:
 
     chunk_runs_max: int = TABLE["chunk_runs_max"].default
     chunk_bytes_max: int = TABLE["chunk_bytes_max"].default
+    results_page_bytes_max: int = TABLE["results_page_bytes_max"].default
+    claim_bytes_max: int = TABLE["claim_bytes_max"].default
     item_bytes_max: int = TABLE["item_bytes_max"].default
     inline_bytes_max: int = TABLE["inline_bytes_max"].default
     database_object_bytes_max: int = TABLE["database_object_bytes_max"].default

@@ -94,6 +94,13 @@ def add_details(record: RunRecord, extra: Extra, outcomes: Iterable[tuple[int, b
             record.result, record.result_kind = data, kind
 
 
+def details_bytes(record: RunRecord) -> int:
+    """Return about how many bytes the details of a listed run have: its attempts, its error and its options."""
+    texts = sum(len(str(value)) for attempt in record.attempts for value in attempt.values())
+    headers = sum(len(name) + len(value) for name, value in record.headers.items())
+    return texts + headers + len(record.result) + len(record.kept)
+
+
 def view_of(span: Span, index: int, state: int) -> RunRecord:
     """One run without its payload and attempts. A waiting run is shown as what its span is: leased or delayed."""
     name = run.NAMES[state]

@@ -420,7 +420,7 @@ class QueryStore(Protocol):
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
     ) -> list[tuple[BatchRecord, Ledger]]:
-        """List batches, newest first; `before_id` continues a list."""
+        """List batches, newest first; `before_id` continues a list. Metadata is bounded by `results_page_bytes_max`."""
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
         """Return half-open ranges of announced indexes that are not durable yet."""
@@ -431,7 +431,8 @@ class QueryStore(Protocol):
         """Return consecutive final outcomes from `from_index` on, up to the first run that has none.
 
         An index without a run is skipped; only streams have such gaps. With `passing`, runs without a final outcome are
-        skipped too: of a batch, the `runs_max` indexes from the first on are looked at.
+        skipped too: of a batch, the `runs_max` indexes from the first on are looked at. Results are bounded by
+        `results_page_bytes_max`.
         """
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
@@ -452,7 +453,8 @@ class QueryStore(Protocol):
     ) -> list[RunRecord]:
         """List runs that match, newest batch first and by index inside it; without payloads, and results but errors.
 
-        `after`, the batch and index of a run, continues a list behind that run. `since_us`: see `RunFilter`.
+        `after` continues a list behind that run. `since_us`: see `RunFilter`. Details are bounded by
+        `results_page_bytes_max`, so only an empty page is the end of a list.
         """
 
     async def queues(self, environment: str) -> list[QueueView]:
@@ -534,9 +536,7 @@ class MaintainStore(Protocol):
     async def complete_waiting(
         self, environment: str, task: str, keys: Sequence[str], result: bytes, *, now_us: int
     ) -> int:
-        """Complete the runs that keys name and that wait, each with `result`. Returns how many. Leased runs and runs
-        with an outcome are left unchanged.
-        """
+        """Complete the runs that keys name and that wait, each with `result`, and no others. Returns how many."""
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Move waiting spans of a task to another queue, at most `spans_max`. Returns how many were moved."""

@@ -304,7 +304,7 @@ async def batches(engine: Engine) -> str:
                 stuck.append(f"{batch.id} is open and got no item for {duration(idle_s)}")
             elif ledger.waiting and not live_count:
                 stuck.append(f"{batch.id} has {counted(ledger.waiting, 'waiting run')} and no worker is alive")
-        if len(page) < PAGE_BATCHES:
+        if not page:
             break
         before_id = page[-1][0].id
     due_us = await engine.store.next_due_us(engine.environment, sorted(tasks))

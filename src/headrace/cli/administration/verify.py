@@ -77,7 +77,7 @@ async def verify_all(engine: Engine) -> list[Verification]:
     while True:
         page = await engine.store.batches(engine.environment, before_id=before_id, limit=PAGE_BATCHES)
         verifications += [await engine.store.verify(batch.id) for batch, _ in page]
-        if len(page) < PAGE_BATCHES:
+        if not page:
             return verifications
         before_id = page[-1][0].id
 

@@ -46,7 +46,7 @@ async def read_page(engine: Engine, *, states: list[str] | None, before_id: str,
                 break
             (folded if is_folded else views).append(batch_view(batch, ledger))
             next_id = batch.id
-        if is_full or len(page) < PAGE_BATCHES:
+        if is_full or not page:
             break
     else:
         is_full = True

@@ -49,6 +49,7 @@ def list_(
 ) -> None:
     """List runs, those of the newest batch first and by index inside a batch."""
     from headrace.foundation.ids import parse_run_id
+    from headrace.store.paging import listed_runs
     from headrace.store.projections import check_run_state
     from headrace.views import listed_views
 
@@ -60,7 +61,8 @@ def list_(
     async def read() -> list[RunView]:
         async with opened(settings, must_exist=True) as engine:
             batch_id = (await find_batch(engine, batch)).id if batch else ""
-            records = await engine.store.runs(
+            records = await listed_runs(
+                engine.store,
                 engine.environment,
                 batch_id=batch_id,
                 state=state,

@@ -211,6 +211,6 @@ async def _newest_first(engine: Engine) -> AsyncIterator[BatchRecord]:
         page = await engine.store.batches(engine.environment, before_id=before_id, limit=PAGE_BATCHES)
         for batch, _ in page:
             yield batch
-        if len(page) < PAGE_BATCHES:
+        if not page:
             return
         before_id = page[-1][0].id

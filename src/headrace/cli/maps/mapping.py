@@ -295,8 +295,9 @@ class Mapping:
             async for lines in lines_of(engine, outcomes, part.base_index):
                 await self.output.put(lines)
             index += len(outcomes)
-            if len(outcomes) == PAGE_RUNS:
-                continue
+            page_bytes = sum(len(outcome.result) for outcome in outcomes)
+            if len(outcomes) == PAGE_RUNS or page_bytes * 2 >= engine.limits.results_page_bytes_max:
+                continue  # the page was full
             batch, _ = await through_outages(engine, partial(engine.store.batch, part.batch.id))
             if batch.expected_count is not None and index >= batch.expected_count:
                 part.batch = batch

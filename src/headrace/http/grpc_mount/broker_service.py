@@ -32,6 +32,8 @@ from headrace.store.protocol import Claim, Lease, Release, Session
 SERVICE: Final = wire.DESCRIPTOR.services_by_name["Broker"]
 WAIT_MS_MAX: Final = 30_000
 SETTLEMENTS_MAX: Final = 4_096
+HEAD_BYTES: Final = 256
+"""Bytes of a response beside its leases."""
 RETRY_MS_MAX: Final = 365 * 24 * 3_600_000
 HOST_CHARS_MAX: Final = 200
 CAUSE_CHARS_MAX: Final = 200
@@ -129,7 +131,9 @@ class BrokerService:
             runs_max=request.runs_max,
         )
         leases: list[Lease] | None = None
-        async for claimed in self._remote_work.claim(caller, claim, request.wait_ms / 1_000):
+        limits = self._service.limits
+        bytes_max = min(limits.claim_bytes_max, limits.grpc_message_bytes_max - HEAD_BYTES)
+        async for claimed in self._remote_work.claim(caller, claim, request.wait_ms / 1_000, bytes_max=bytes_max):
             leases = claimed
         key = await self._lease_tokens.signing_key(caller)
         return wire.ClaimManyResponse(leases=[await self._leased(caller, key, lease) for lease in leases or ()])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
+import msgspec
+
+from headrace.core.pack import REFERENCE
+from headrace.core.page import count_within
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import InvalidInput
 from headrace.http.requests.service import Caller, Service
@@ -17,6 +21,8 @@ RUNS_MAX: Final = 65_536
 TASKS_MAX: Final = 10_000
 KEEPALIVE_S: Final = 5.0
 STEP_S: Final = 1.0
+RUN_BYTES: Final = 128
+"""Bytes of a run, or of a header, beside its values in a response; those of gRPC are fewer."""
 _SESSION: Final = re.compile(r"session_[0-9a-z]{26}\Z")
 
 
@@ -26,11 +32,13 @@ class RemoteWork:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def claim(self, context: Caller, claim: Claim, wait_s: float) -> AsyncIterator[list[Lease] | None]:
+    async def claim(
+        self, context: Caller, claim: Claim, wait_s: float, *, bytes_max: int | None = None
+    ) -> AsyncIterator[list[Lease] | None]:
         """Claim leases, waiting up to `wait_s` for some.
 
         Yields None every `KEEPALIVE_S` seconds while there are none, then the leases, or an empty list after
-        `wait_s`.
+        `wait_s`. With `bytes_max`, the runs whose inputs would exceed it, with those in the object store, are released.
         """
         request = self._checked(context, claim)
         engine = context.engine
@@ -40,6 +48,8 @@ class RemoteWork:
         while True:
             notified_count = engine.wakeup.notified_count
             leases = await engine.store.claim(request, now_us=clock.now_us())
+            if bytes_max is not None:
+                leases = await self._within_bytes(context, leases, bytes_max)
             left_s = (until_us - clock.now_us()) / 1_000_000
             if leases or left_s <= 0 or self._service.is_draining:
                 self._service.metrics.claimed.inc(sum(len(lease.span_slots) for lease in leases))
@@ -50,6 +60,29 @@ class RemoteWork:
             if clock.now_us() >= keepalive_us:
                 keepalive_us = clock.now_us() + int(KEEPALIVE_S * 1_000_000)
                 yield None
+
+    async def _within_bytes(self, context: Caller, leases: list[Lease], bytes_max: int) -> list[Lease]:
+        """Return the first runs of leases, at least one, that fit into a response. The others wait again.
+
+        A repeat of the claim returns what was kept (R1, claims are repeatable by number).
+        """
+        if sum(map(_least_bytes, leases)) <= bytes_max and not any(lease.extras for lease in leases):
+            return leases
+        runs_left = count_within((size for lease in leases for size in _input_sizes(lease)), bytes_max)
+        kept: list[Lease] = []
+        surplus: list[Release] = []
+        for lease in leases:
+            count = min(runs_left, len(lease.span_slots))
+            runs_left -= count
+            if count:
+                kept.append(_first_runs(lease, count))
+            if not count:
+                surplus.append(Release(span_id=lease.span_id, token=lease.token))
+            elif count < len(lease.span_slots):
+                span_slots = tuple(lease.span_slots[count:])
+                surplus.append(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
+        await self.release(context, surplus)
+        return kept
 
     async def unwanted_runs(self, context: Caller, session_id: str, *, seen: int, wait_s: float) -> Heartbeat:
         """Return the cancelled runs of a session, once their digest is not `seen`, at most `wait_s` later."""
@@ -112,6 +145,43 @@ class RemoteWork:
         )
         engine.wakeup.notify()
         return words
+
+
+def _names_bytes(lease: Lease) -> int:
+    return RUN_BYTES + 4 * (len(lease.task) + len(lease.queue))
+
+
+def _least_bytes(lease: Lease) -> int:
+    """Return how many bytes a lease has in a response without what only some runs have."""
+    return _names_bytes(lease) + sum(map(len, lease.payloads)) + RUN_BYTES * len(lease.payloads)
+
+
+def _input_sizes(lease: Lease) -> Iterator[int]:
+    """Yield how many bytes the input of each run has in a response, with its headers."""
+    kinds = lease.kinds
+    lease_bytes = _names_bytes(lease)
+    for lease_offset, payload in enumerate(lease.payloads):
+        size = len(payload) + RUN_BYTES + lease_bytes
+        lease_bytes = 0
+        if (extra := lease.extras.get(lease.span_slots[lease_offset])) is not None:
+            size += sum(len(name) + len(value) + RUN_BYTES for name, value in extra.headers.items())
+            if kinds is not None and kinds[lease_offset] == REFERENCE:
+                size += extra.object_bytes
+        yield size
+
+
+def _first_runs(lease: Lease, count: int) -> Lease:
+    """Return a lease with its first `count` runs."""
+    if count == len(lease.span_slots):
+        return lease
+    return msgspec.structs.replace(
+        lease,
+        whole=False,
+        span_slots=lease.span_slots[:count],
+        indexes=lease.indexes[:count],
+        payloads=lease.payloads[:count],
+        kinds=None if lease.kinds is None else lease.kinds[:count],
+    )
 
 
 def check_session(session_id: str) -> str:

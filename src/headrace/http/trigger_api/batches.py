@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -23,12 +23,14 @@ from headrace.http.requests.serializers import trigger_batch, trigger_error
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import FeedCounts
 from headrace.runtime.tasks.bounds import check_text
-from headrace.store.protocol import NewBatch
+from headrace.store.protocol import NewBatch, RunOutcome
 
 RUNS_SHOWN_MAX: Final = 10_000
 """Most run ids that a batch object lists in `runs`. A batch may hold a thousand times as many; list them by pages."""
 
 PAGE_RUNS: Final = 1_000
+ITEMS_BYTES: Final = 256 * 1024
+"""Size from which results are sent; those in the object store are fetched one by one."""
 MISSING_RANGES: Final = 10
 
 _Text = Annotated[str, Meta(min_length=1, max_length=2_048)]
@@ -167,30 +169,54 @@ class TriggerBatches:
         yield b'{"id":"%s","items":[' % batch.id.encode()
         between = b""
         bound = batch.received_count if batch.expected_count is None else batch.expected_count
-        after: tuple[str, int] | None = None
-        for start in range(0, bound, PAGE_RUNS):
+        start = 0
+        while start < bound:
             outcomes = await context.engine.store.outcomes(batch.id, start, PAGE_RUNS, passing=True)
-            views = await context.engine.store.runs(
-                context.environment, batch_id=batch.id, after=after, limit=PAGE_RUNS
-            )
-            tasks = {view.index: view.task for view in views}
-            after = (batch.id, start + PAGE_RUNS - 1)
-            items = []
+            tasks = await _tasks_of(context, batch, outcomes)
+            start = outcomes[-1].index + 1 if outcomes else start + PAGE_RUNS  # large results make a page short
+            items: list[bytes] = []
+            held_bytes = 0
             for outcome in outcomes:
-                fields = {"id": run_id(batch.id, outcome.index), "taskIdentifier": tasks.get(outcome.index, batch.task)}
+                fields: dict[str, Any] = {
+                    "id": run_id(batch.id, outcome.index),
+                    "taskIdentifier": tasks.get(outcome.index, batch.task),
+                }
                 resolved = await outputs.resolve(outcome)
                 if resolved is None or resolved.state == run.EXPIRED:
                     continue
                 if resolved.state == run.COMPLETED:
                     text, kind = await outputs.output_text(resolved)
-                    items.append(fields | {"ok": True, "output": text, "outputType": kind})
+                    fields |= {"ok": True, "output": text, "outputType": kind}
                 else:
                     failure = decode(resolved.result) if resolved.result else None
-                    items.append(fields | {"ok": False, "error": trigger_error(failure, run.NAMES[resolved.state])})
+                    fields |= {"ok": False, "error": trigger_error(failure, run.NAMES[resolved.state])}
+                items.append(msgspec.json.encode(fields))
+                held_bytes += len(items[-1])
+                if held_bytes >= ITEMS_BYTES:
+                    yield between + b",".join(items)
+                    between, items, held_bytes = b",", [], 0
             if items:
-                yield between + b",".join(map(msgspec.json.encode, items))
+                yield between + b",".join(items)
                 between = b","
         yield b"]}"
+
+
+async def _tasks_of(context: RequestContext, batch: BatchRecord, outcomes: Sequence[RunOutcome]) -> dict[int, str]:
+    """Return the tasks of some runs by index. A listing may need several pages, as runs with large errors do."""
+    tasks: dict[int, str] = {}
+    if not outcomes:
+        return tasks
+    first, last = outcomes[0].index, outcomes[-1].index
+    after = (batch.id, first - 1)
+    while after[1] < last:
+        views = await context.engine.store.runs(
+            context.environment, batch_id=batch.id, after=after, limit=min(PAGE_RUNS, last - after[1])
+        )
+        if not views:
+            break
+        tasks |= {view.index: view.task for view in views}
+        after = (batch.id, views[-1].index)
+    return tasks
 
 
 def _streamed(batch: BatchRecord, taken: FeedCounts) -> Response:

@@ -137,7 +137,7 @@ class TriggerRuns:
                     context, run_filter, record
                 ):
                     records.append(record)
-            if len(page) <= run_filter.size or len(records) > run_filter.size:
+            if not page or len(records) > run_filter.size:  # a page may have fewer entries, if they are large
                 return records
             after = (page[-1].batch_id, page[-1].index)
         return records

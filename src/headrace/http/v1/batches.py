@@ -28,6 +28,8 @@ from headrace.store.protocol import NewBatch, RunOutcome
 from headrace.views import BatchView, batch_view, full_batch_view
 
 PAGE_RUNS: Final = 4_096
+LINES_BYTES: Final = 256 * 1024
+"""Size from which lines of results are sent; results in the object store are fetched one by one."""
 RANGES_MAX: Final = 1_000
 REDRIVEN_MAX: Final = 1_000
 KEEPALIVE_S: Final = 10.0
@@ -142,7 +144,13 @@ class V1Batches:
             check_batch_state(state)
         rows = await context.engine.store.batches(context.environment, states=states, before_id=before, limit=limit)
         batches = [batch_view(batch, ledger) for batch, ledger in rows]
-        return json_response(BatchListResponse(batches, batches[-1].id if len(batches) == limit else None))
+        has_more = len(batches) == limit
+        if batches and not has_more:  # a page may have fewer entries, if they are large
+            before = batches[-1].id
+            has_more = bool(
+                await context.engine.store.batches(context.environment, states=states, before_id=before, limit=1)
+            )
+        return json_response(BatchListResponse(batches, batches[-1].id if has_more else None))
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /v1/batches/{id}`: return a batch and the number of its runs in each state."""
@@ -238,21 +246,30 @@ class V1Batches:
             batch, _ = await store.batch(batch_id)
             page = await store.outcomes(batch_id, first, min(PAGE_RUNS, left))
             lines: list[bytes] = []
+            held_bytes = lines_count = 0
             for outcome in page:
+                line: bytes | None
                 if not outcome.kind or outcome.state != run.COMPLETED:
-                    lines.append(result_line(batch_id, outcome))
-                    continue
-                line = await _resolved_line(outputs, batch_id, outcome)
-                if line is None:
-                    break
+                    line = result_line(batch_id, outcome)
+                else:
+                    line = await _resolved_line(outputs, batch_id, outcome)
+                    if line is None:
+                        break
                 lines.append(line)
+                lines_count += 1
+                held_bytes += len(line)
+                first = outcome.index + 1
+                if held_bytes >= LINES_BYTES:  # a slow reader holds no more than this and the page
+                    yield b"".join(lines)
+                    lines, held_bytes = [], 0
+            left -= lines_count
             if lines:
-                first = page[len(lines) - 1].index + 1
-                left -= len(lines)
                 yield b"".join(lines)
-            elif not waits or (batch.is_finished and not page):
+            if lines_count:
+                continue
+            if not waits or (batch.is_finished and not page):
                 return
-            elif await watch.wait_for_change():
+            if await watch.wait_for_change():
                 yield b"\n"
             elif self._service.is_draining:
                 return

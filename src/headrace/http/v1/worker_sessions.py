@@ -274,7 +274,8 @@ class WorkerSessions:
             queues=params.queues,
             runs_max=params.runs_max,
         )
-        leases = self._remote_work.claim(context, claim, params.wait_s)
+        bytes_max = self._service.limits.claim_bytes_max
+        leases = self._remote_work.claim(context, claim, params.wait_s, bytes_max=bytes_max)
         first = await anext(leases)  # an invalid claim fails here, before the status line is sent
         return StreamingResponse(self._leases(context, first, leases), media_type="application/json")
 

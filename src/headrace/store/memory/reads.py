@@ -17,6 +17,7 @@ from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
+from headrace.core.page import count_within
 from headrace.core.serving import WaitingLane
 from headrace.core.span import Part, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
@@ -26,6 +27,7 @@ from headrace.store.projections import (
     add_details,
     attempt_of,
     check_run_state,
+    details_bytes,
     lease_of,
     named_lease,
     no_run,
@@ -245,9 +247,12 @@ def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes
 
 
 def outcomes(
-    tables: Tables, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
+    tables: Tables, batch_id: str, from_index: int, runs_max: int, *, bytes_max: int, passing: bool = False
 ) -> list[RunOutcome]:
-    """Return final outcomes from `from_index` on. Gaps are skipped in a stream, and everywhere with `passing`."""
+    """Return final outcomes from `from_index` on. Gaps are skipped in a stream, and everywhere with `passing`.
+
+    The page ends before its results exceed `bytes_max`; it has at least one outcome.
+    """
     batch = find(tables, batch_id)
     results = _results(tables, batch_id)
     final: list[RunOutcome] = []
@@ -265,7 +270,7 @@ def outcomes(
         result, kind = results.get((block_id, block_offset), NOTHING) if state in WITH_RESULT else NOTHING
         final.append(RunOutcome(index=index, state=state, result=result, kind=kind))
         expected = index + 1
-    return final
+    return final[: count_within((len(outcome.result) for outcome in final), bytes_max)]
 
 
 def lease(tables: Tables, span: Span) -> Lease:
@@ -307,8 +312,9 @@ def runs(
     run_filter: RunFilter,
     after: tuple[str, int] | None,
     limit: int,
+    bytes_max: int,
 ) -> list[RunRecord]:
-    """List runs that match, newest batch first and by index inside it, without payloads."""
+    """List runs that match, newest batch first and by index inside it, without payloads, up to about `bytes_max`."""
     check_run_state(run_filter.state)
     listed = (
         (view_of(location.span, location.run_index, location.state), location)
@@ -335,7 +341,8 @@ def runs(
             record.created_us = min(span.since_us for span in spans_of_block(tables, location.block_id))
         extra = tables.blocks[location.block_id].chunk.extras.get(location.block_offset, Extra())
         add_details(record, extra, outcomes[location.block_id, location.block_offset])
-    return [record for record, _ in matching]
+    records = [record for record, _ in matching]
+    return records[: count_within(map(details_bytes, records), bytes_max)]
 
 
 def tasks_of_batches(tables: Tables, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:

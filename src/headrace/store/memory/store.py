@@ -19,6 +19,7 @@ from headrace.core import span as spans
 from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
+from headrace.core.page import count_within
 from headrace.core.run import UNSETTLED
 from headrace.core.serving import StalledLane, stalled_lanes
 from headrace.core.span import Counts, Policy, Settlement
@@ -250,7 +251,7 @@ class MemoryStore:
             taken = [span for span in sorted(leased, key=reads.claim_order) if span.claim_no == claim.claim_no]
             if not taken:
                 writes.promote(tables, now_us)
-                taken = writes.take(tables, claim, now_us)
+                taken = writes.take(tables, claim, self._limits.claim_bytes_max, now_us)
         return [reads.lease(tables, span) for span in taken]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
@@ -302,7 +303,9 @@ class MemoryStore:
             and (states is None or batch.state in states)
             and (not before_id or batch_id < before_id)
         ]
-        return [reads.with_ledger(tables, batch) for batch in matching[:limit]]
+        sizes = (len(msgspec.json.encode(batch.metadata)) + len(batch.cursor) for batch in matching)
+        listed = matching[: min(limit, count_within(sizes, self._limits.results_page_bytes_max))]
+        return [reads.with_ledger(tables, batch) for batch in listed]
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
         """Return ranges of announced indexes that are not durable yet."""
@@ -315,7 +318,8 @@ class MemoryStore:
         self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
     ) -> list[RunOutcome]:
         """Return final outcomes from `from_index` on, in index order."""
-        return reads.outcomes(self._now(), batch_id, from_index, runs_max, passing=passing)
+        bytes_max = self._limits.results_page_bytes_max
+        return reads.outcomes(self._now(), batch_id, from_index, runs_max, bytes_max=bytes_max, passing=passing)
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
         """Return one run."""
@@ -335,9 +339,9 @@ class MemoryStore:
         limit: int = 50,
     ) -> list[RunRecord]:
         """List runs that match, newest batch first and by index inside it."""
-        return reads.runs(
-            self._now(), environment, batch_id, RunFilter(state, task, queue, tag, since_us), after, limit
-        )
+        run_filter = RunFilter(state, task, queue, tag, since_us)
+        bytes_max = self._limits.results_page_bytes_max
+        return reads.runs(self._now(), environment, batch_id, run_filter, after, limit, bytes_max)
 
     async def tasks_of_batches(self, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:
         """Return the tasks of the first and the last runs of some batches."""

@@ -36,6 +36,7 @@ from headrace.store.protocol import (
 )
 
 SWEEP_SPANS_MAX: Final = 1_000
+_encode_extras: Final = msgspec.msgpack.Encoder().encode
 
 
 def create(tables: Tables, new: NewBatch, now_us: int) -> BatchRecord:
@@ -445,8 +446,16 @@ def move_waiting(tables: Tables, environment: str, task: str, source: str, targe
     return min(len(movable), spans_max)
 
 
-def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
-    """Lease the first spans in claim order. The last one is split if it holds more runs than requested."""
+def input_bytes(chunk: Chunk) -> int:
+    """Return how many bytes a block takes, as databases store it."""
+    return len(chunk.items) + (len(_encode_extras(chunk.extras)) if chunk.extras else 0)
+
+
+def take(tables: Tables, claim: Claim, bytes_max: int, now_us: int) -> list[Span]:
+    """Lease the first spans in claim order, until the inputs of their blocks exceed `bytes_max`.
+
+    The last one is split if it holds more runs than requested.
+    """
     waiting = [
         span
         for span in reads.waiting(tables)
@@ -460,11 +469,14 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
     ]
     waiting.sort(key=reads.claim_order)
     taken: list[Span] = []
-    runs_left = claim.runs_max
+    runs_left, held_bytes = claim.runs_max, 0
     for span in waiting:
         if tables.batches[span.batch_id].is_stopped:
             sweep_stopped(tables, span.batch_id, SWEEP_SPANS_MAX, now_us)
             continue
+        held_bytes += input_bytes(tables.blocks[span.block_id].chunk)
+        if taken and held_bytes > bytes_max:
+            break
         if span.unsettled_count > runs_left:
             tables.spans[span.id], part = spans.take_first(span, runs_left)
             add_span(tables, part)

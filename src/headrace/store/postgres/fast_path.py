@@ -158,7 +158,13 @@ def rows_wanted(runs_max: int, runs_a_span: int) -> int:
 
 
 def claim_values(
-    claim: Claim, *, rows_max: int, due_us: int, now_us: int, marks: Mapping[tuple[str, str], tuple[int, int]]
+    claim: Claim,
+    *,
+    bytes_max: int,
+    rows_max: int,
+    due_us: int,
+    now_us: int,
+    marks: Mapping[tuple[str, str], tuple[int, int]],
 ) -> dict[str, Any]:
     """Return the values of `claim_whole`; `marks` are the cursors, by queue and task."""
     by_queue: dict[str, dict[str, tuple[int, int]]] = {}
@@ -173,6 +179,7 @@ def claim_values(
         "queues": None if claim.queues is None else as_json(list(claim.queues)),
         "queue_prefix": claim.queue_prefix,
         "runs_max": claim.runs_max,
+        "bytes_max": bytes_max,
         "marks": as_json(by_queue),
         "rows_max": rows_max,
         "due_us": due_us,
@@ -183,9 +190,13 @@ def claim_values(
 
 
 class ClaimAnswer(NamedTuple):
-    """The answer of `claim_whole`: its verdict, and the leased spans with their blocks, in claim order."""
+    """The answer of `claim_whole`: its verdict, and the leased spans with their blocks, in claim order.
+
+    `is_cut`: more spans are claimable, whose inputs would exceed the bound of a claim.
+    """
 
     verdict: str
+    is_cut: bool
     spans: list[Span]
     blocks: list[BlockRow]
 
@@ -197,13 +208,13 @@ class ClaimAnswer(NamedTuple):
 
 def claim_answer(rows: Rows) -> ClaimAnswer:
     """Read the rows of `claim_whole`: the verdict, the columns of a span, and those of its block."""
-    verdict, *_ = rows[0]
+    verdict, is_cut, *_ = rows[0]
     spans, blocks = [], []
-    for _, *columns in rows:
+    for _, _, *columns in rows:
         if columns[0] is not None:  # a row without a span carries the verdict alone
             spans.append(to_span(columns[:_SPAN_COLUMNS]))
             blocks.append(BlockRow._make(columns[_SPAN_COLUMNS:]))
-    return ClaimAnswer(verdict, spans, blocks)
+    return ClaimAnswer(verdict, is_cut, spans, blocks)
 
 
 def runs_a_span(leases: Sequence[Lease]) -> int:

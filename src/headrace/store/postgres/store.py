@@ -241,7 +241,14 @@ class PostgresStore(ScriptedStore):
         rows_max, due_us = fast_path.rows_wanted(claim.runs_max, self._runs_a_span), now_us
         marks = self._claim_cursors.of(claim, now_us)
         while True:
-            values = fast_path.claim_values(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
+            values = fast_path.claim_values(
+                claim,
+                bytes_max=self._limits.claim_bytes_max,
+                rows_max=rows_max,
+                due_us=due_us,
+                now_us=now_us,
+                marks=marks,
+            )
             answer = fast_path.claim_answer(await self._claim_whole(values))
             if answer.verdict == fast_path.SHORT:
                 rows_max = min(rows_max * 4, CANDIDATES_MAX)
@@ -253,7 +260,7 @@ class PostgresStore(ScriptedStore):
             elif answer.verdict in fast_path.ANSWERED:
                 leases = answer.leases
                 self._runs_a_span = fast_path.runs_a_span(leases) or self._runs_a_span
-                is_enough = sum(len(lease.span_slots) for lease in leases) >= claim.runs_max
+                is_enough = answer.is_cut or sum(len(lease.span_slots) for lease in leases) >= claim.runs_max
                 self._claim_cursors.claimed(
                     claim, answer.spans, is_enough=is_enough, was_everything=not marks, now_us=now_us
                 )

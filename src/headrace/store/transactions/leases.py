@@ -9,6 +9,7 @@ import msgspec
 
 from headrace.core import batch as batches
 from headrace.core.order import clock_after, returned_order_no
+from headrace.core.page import count_within
 from headrace.core.span import (
     LEASED,
     LOST,
@@ -178,9 +179,10 @@ def _leave_batches(session_id: str, now_us: int) -> Script[None]:
             yield from put_batch(batches.owner_ended(batch, now_us))
 
 
-def claim(claim_request: Claim, now_us: int) -> Script[ClaimedSpans]:
-    """Lease the first spans in claim order to a live session. A repeat returns the same spans (R1, claims are
-    repeatable by number).
+def claim(claim_request: Claim, now_us: int, bytes_max: int) -> Script[ClaimedSpans]:
+    """Lease the first spans in claim order to a live session, until the inputs of their blocks exceed `bytes_max`.
+
+    A repeat returns the same spans (R1, claims are repeatable by number).
     """
     yield from require_live(
         claim_request.session_id, environment=claim_request.environment, key_id=claim_request.key_id
@@ -190,7 +192,7 @@ def claim(claim_request: Claim, now_us: int) -> Script[ClaimedSpans]:
         spans = [to_span(row) for row in rows]
     else:
         yield from promote(now_us)
-        spans = yield from _take(claim_request, now_us)
+        spans = yield from _take(claim_request, now_us, bytes_max)
     ids = as_json([span.block_id for span in spans])
     blocks = (yield from fetch_as(BlockRow, "blocks", ids=ids)) if spans else []
     return ClaimedSpans(spans, {block.id: block for block in blocks})
@@ -204,7 +206,7 @@ def promote(now_us: int) -> Script[None]:
         yield from fetch("promote_spans", rows=as_json(rows))
 
 
-def _take(claim_request: Claim, now_us: int) -> Script[list[Span]]:
+def _take(claim_request: Claim, now_us: int, bytes_max: int) -> Script[list[Span]]:
     lanes = yield from fetch(
         "open_lanes",
         environment=claim_request.environment,
@@ -215,6 +217,8 @@ def _take(claim_request: Claim, now_us: int) -> Script[list[Span]]:
     locked_batches: set[str] = set()
     for _ in range(SWEEPS_MAX):
         spans = yield from _candidates(claim_request, lanes, now_us)
+        if len(spans) > 1:
+            spans = yield from _within_bytes(spans, bytes_max)
         stopped = yield from _stopped(spans)
         if not stopped:
             return (yield from _lease(spans, claim_request, now_us))
@@ -243,6 +247,12 @@ def _candidates(claim_request: Claim, lanes: Sequence[tuple[str, str]], now_us: 
         if runs_left <= 0:
             return best[:spans_count]
     return best
+
+
+def _within_bytes(spans: list[Span], bytes_max: int) -> Script[list[Span]]:
+    """Return the first spans, at least one, whose blocks have at most `bytes_max` of inputs."""
+    sizes: dict[int, int] = dict((yield from fetch("sizes_of_blocks", ids=as_json([span.block_id for span in spans]))))
+    return spans[: count_within((sizes[span.block_id] for span in spans), bytes_max)]
 
 
 def _best_of_lane(claim_request: Claim, queue: str, task: str, now_us: int) -> Script[list[Span]]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from headrace.core import run as runs_core
 from headrace.core.block import Extra
 from headrace.core.span import DELAYED, LEASED, WAITING, block_offsets_of, results_of
 from headrace.foundation.ids import INDEX_MAX
-from headrace.store.projections import RunFilter, add_details, check_run_state, view_of
+from headrace.store.projections import RunFilter, add_details, check_run_state, details_bytes, view_of
 from headrace.store.protocol import RunRecord
 from headrace.store.transactions.locate import decode_extras, locate, spans_of_block
 from headrace.store.transactions.queries import home_of
-from headrace.store.transactions.row_mapping import as_json, to_part, to_span
-from headrace.store.transactions.sql_script import Script, fetch
+from headrace.store.transactions.row_mapping import PartShape, as_json, to_part, to_span
+from headrace.store.transactions.sql_script import Script, fetch, fetch_as
 
 NOWHERE: Final = ("", -1)
 SPANS_A_BLOCK: Final = 256
 TAGGED_MAX: Final = 10_000
+DETAILED_RUNS: Final = 256
+"""Listed runs whose details are read at a time."""
+NOTHING: Final = (b"", 0)
+SUCCESS: Final = bytes((runs_core.COMPLETED,))
 
 
 class _Listed(NamedTuple):
@@ -31,16 +35,15 @@ class _Listed(NamedTuple):
 
 
 def list_runs(
-    environment: str, batch_id: str, run_filter: RunFilter, after: tuple[str, int] | None, limit: int
+    environment: str, batch_id: str, run_filter: RunFilter, after: tuple[str, int] | None, limit: int, bytes_max: int
 ) -> Script[list[RunRecord]]:
-    """List runs that match, newest batch first and by index inside it."""
+    """List runs that match, newest batch first and by index inside it, until their details exceed `bytes_max`."""
     check_run_state(run_filter.state)
     if run_filter.tag:
         listed = yield from _tagged_runs(environment, batch_id, run_filter, after, limit)
     else:
         listed = yield from _runs_of_spans(environment, batch_id, run_filter, after, limit)
-    yield from _add_details(listed)
-    return [run.record for run in listed]
+    return (yield from _detailed(listed, bytes_max))
 
 
 def _runs_of_spans(
@@ -118,21 +121,41 @@ def _tagged_runs(
     return runs
 
 
-def _add_details(listed: Sequence[_Listed]) -> Script[None]:
-    """Complete listed runs from their blocks: three statements at most for all of them."""
-    if not listed:
-        return
+def _detailed(listed: Sequence[_Listed], bytes_max: int) -> Script[list[RunRecord]]:
+    """Complete listed runs from their blocks, a group of blocks at a time, until the page is full."""
+    records: list[RunRecord] = []
+    held_bytes = 0
+    for group in _groups(listed):
+        yield from _add_details(group, bytes_max)
+        for run in group:
+            held_bytes += details_bytes(run.record)
+            if records and held_bytes > bytes_max:
+                return records
+            records.append(run.record)
+    return records
+
+
+def _groups(listed: Sequence[_Listed]) -> Iterator[Sequence[_Listed]]:
+    """Yield listed runs in groups of at most `DETAILED_RUNS`: one for a usual page."""
+    for start in range(0, len(listed), DETAILED_RUNS):
+        yield listed[start : start + DETAILED_RUNS]
+
+
+def _add_details(listed: Sequence[_Listed], bytes_max: int) -> Script[None]:
+    """Complete listed runs from their blocks. Results of completed runs are not read."""
     block_ids = as_json(sorted({run.block_id for run in listed}))
     extras = {block_id: decode_extras(data) for block_id, data in (yield from fetch("extras_of_blocks", ids=block_ids))}
     outcomes: dict[tuple[int, int], list[tuple[int, bytes, int, int]]] = {
         (run.block_id, run.block_offset): [] for run in listed
     }
-    for row in (yield from fetch("parts_of_blocks", ids=block_ids)):
-        part = to_part(row)
-        for block_offset, code, data, kind in results_of(part):
-            recorded = outcomes.get((part.block_id, block_offset))
+    shapes = yield from fetch_as(PartShape, "shapes_of_parts", ids=block_ids)
+    errors = yield from _errors(shapes, outcomes.keys(), bytes_max)
+    for shape in shapes:
+        for block_offset, code in shape.codes_by_offset:
+            recorded = outcomes.get((shape.block_id, block_offset))
             if recorded is not None:
-                recorded.append((code, data, kind, part.settled_us))
+                data, kind = errors.get((shape.id, block_offset), NOTHING)
+                recorded.append((code, data, kind, shape.settled_us))
     created_us: dict[int, int] = {}
     if retried := sorted({run.block_id for run in listed if not run.record.created_us}):
         for row in (yield from fetch("spans_of_blocks", ids=as_json(retried))):
@@ -142,6 +165,40 @@ def _add_details(listed: Sequence[_Listed]) -> Script[None]:
         run.record.created_us = run.record.created_us or created_us[run.block_id]
         extra = extras.get(run.block_id, {}).get(run.block_offset, Extra())
         add_details(run.record, extra, outcomes[run.block_id, run.block_offset])
+
+
+def _errors(
+    shapes: Sequence[PartShape], places: Collection[tuple[int, int]], bytes_max: int
+) -> Script[dict[tuple[int, int], tuple[bytes, int]]]:
+    """Return the error and its kind of each unsuccessful outcome of some runs, by part id and block offset.
+
+    Parts are read until they exceed `bytes_max`, then the next ones; only the errors of these runs are kept.
+    """
+    errors: dict[tuple[int, int], tuple[bytes, int]] = {}
+    wanted: dict[int, PartShape] = {
+        shape.id: shape
+        for shape in shapes
+        if shape.codes.strip(SUCCESS)
+        and any(
+            code != runs_core.COMPLETED and (shape.block_id, block_offset) in places
+            for block_offset, code in shape.codes_by_offset
+        )
+    }
+    while wanted:
+        ids: list[int] = []
+        held_bytes = 0
+        for shape in wanted.values():
+            held_bytes += shape.results_bytes
+            if ids and held_bytes > bytes_max:
+                break
+            ids.append(shape.id)
+        for part_id, row in zip(ids, (yield from fetch("parts_by_id", ids=as_json(ids))), strict=True):
+            part = to_part(row)
+            for block_offset, code, data, kind in results_of(part):
+                if code != runs_core.COMPLETED and (part.block_id, block_offset) in places:
+                    errors[part_id, block_offset] = (data, kind)
+            del wanted[part_id]
+    return errors
 
 
 def tasks_of_batches(environment: str, batch_ids: Sequence[str]) -> Script[dict[str, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -14,9 +14,10 @@ from headrace.core.batch import STREAM, BatchRecord, Ledger, ledger
 from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
+from headrace.core.page import count_within
 from headrace.core.serving import LANES_MAX, Serving, StalledLane, WaitingLane
 from headrace.core.serving import stalled_lanes as stalled
-from headrace.core.span import LEASED, Span, block_offsets_of, results_of
+from headrace.core.span import LEASED, Span, block_offsets_of, encode_uint16s, results_of
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
 from headrace.store.projections import WITH_RESULT, attempt_of, no_run, serving_since, view_of
@@ -30,10 +31,13 @@ from headrace.store.transactions.locate import (
     received_of,
     spans_of_block,
 )
-from headrace.store.transactions.row_mapping import as_json, to_batch, to_part, to_span
-from headrace.store.transactions.sql_script import Script, fetch, fetch_first, fetch_one
+from headrace.store.transactions.row_mapping import BatchRow, PartShape, as_json, to_batch, to_part, to_span
+from headrace.store.transactions.sql_script import Rows, Script, fetch, fetch_as, fetch_first, fetch_one
 
 VERIFY_BLOCKS: Final = 256
+LISTED_ROWS: Final = 64
+"""Batches that are read at a time: their metadata may be large."""
+NOTHING: Final = (b"", 0)
 _decode_serving: Final = msgspec.json.Decoder(Serving).decode
 
 
@@ -55,19 +59,28 @@ def find_by_key(environment: str, key: str) -> Script[BatchRecord | None]:
 
 
 def list_batches(
-    environment: str, states: Sequence[str] | None, before_id: str, limit: int
+    environment: str, states: Sequence[str] | None, before_id: str, limit: int, bytes_max: int
 ) -> Script[list[tuple[BatchRecord, Ledger]]]:
-    """List batches of an environment, newest first."""
-    rows = yield from fetch(
-        "list_batches",
-        environment=environment,
-        states=None if states is None else as_json(list(states)),
-        before_id=before_id,
-        rows_max=limit,
-    )
+    """List batches of an environment, newest first, until their metadata exceeds `bytes_max`."""
     listed: list[tuple[BatchRecord, Ledger]] = []
-    for row in rows:
-        listed += [(yield from with_ledger(to_batch(row)))]
+    held_bytes = 0
+    while len(listed) < limit:
+        rows_max = min(limit - len(listed), LISTED_ROWS)
+        rows = yield from fetch_as(
+            BatchRow,
+            "list_batches",
+            environment=environment,
+            states=None if states is None else as_json(list(states)),
+            before_id=listed[-1][0].id if listed else before_id,
+            rows_max=rows_max,
+        )
+        for row in rows:
+            held_bytes += len(row.metadata) + len(row.cursor)
+            if listed and held_bytes > bytes_max:
+                return listed
+            listed += [(yield from with_ledger(to_batch(row)))]
+        if len(rows) < rows_max:
+            break
     return listed
 
 
@@ -79,8 +92,13 @@ def missing(batch_id: str, ranges_max: int) -> Script[list[tuple[int, int]]]:
     return received.missing(expected, ranges_max)
 
 
-def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> Script[list[RunOutcome]]:
-    """Return final outcomes from `from_index` on: consecutive ones, or with `passing` all of them."""
+def outcomes(
+    batch_id: str, from_index: int, runs_max: int, *, bytes_max: int, passing: bool = False
+) -> Script[list[RunOutcome]]:
+    """Return final outcomes from `from_index` on: consecutive ones, or with `passing` all of them.
+
+    The page ends before its results exceed `bytes_max`. It has at least one outcome.
+    """
     batch, width = yield from find_with_width(batch_id)
     blocks_max = width + runs_max  # as many may begin before the first requested run, and one with each run after it
     blocks = yield from fetch(
@@ -92,8 +110,8 @@ def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = F
         rows_max=blocks_max + 1,
     )
     nearest, sizes = _nearest(blocks, from_index, runs_max, blocks_max)
-    states = yield from _states(sizes)
-    final: list[tuple[int, int, int, int]] = []
+    states, results_bytes = yield from _states(sizes)
+    final: list[_FinalRun] = []
     expected_index = from_index
     for index, block_id, block_offset in nearest:
         state = states[block_id][block_offset]
@@ -102,15 +120,60 @@ def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = F
             continue
         if (is_gap and not passing) or state not in runs_core.FINAL:
             break
-        final.append((index, block_id, block_offset, state))
+        final.append(_FinalRun(index, block_id, block_offset, state))
         expected_index = index + 1
-    results = yield from _results(sorted({block_id for _, block_id, _, _ in final}))
-    nothing = (b"", 0)
-    return [
+    if results_bytes > bytes_max:
+        final, part_ids = yield from _first_final(final, bytes_max)
+        rows = yield from fetch("parts_by_id", ids=as_json(part_ids))
+    else:
+        rows = yield from fetch("parts_of_blocks", ids=as_json(sorted({place.block_id for place in final})))
+    results = _results(rows)
+    page = [
         RunOutcome(index=index, state=state, result=result[0], kind=result[1])
         for index, block_id, block_offset, state in final
-        for result in (results.get((block_id, block_offset), nothing) if state in WITH_RESULT else nothing,)
+        for result in (results.get((block_id, block_offset), NOTHING) if state in WITH_RESULT else NOTHING,)
     ]
+    if results_bytes > bytes_max:
+        del page[count_within((len(outcome.result) for outcome in page), bytes_max) :]
+    return page
+
+
+class _FinalRun(NamedTuple):
+    """A run with an outcome, and its place in the blocks."""
+
+    run_index: int
+    block_id: int
+    block_offset: int
+    state: int
+
+
+def _first_final(final: Sequence[_FinalRun], bytes_max: int) -> Script[tuple[list[_FinalRun], list[int]]]:
+    """Return the first of some runs, whose parts have at most `bytes_max` of results or are one, with these parts.
+
+    Parts are chosen by their sizes, so that no result is read in vain.
+    """
+    shapes = yield from _part_shapes(sorted({place.block_id for place in final}))
+    part_of_run = {
+        (shape.block_id, block_offset): shape
+        for shape in shapes
+        for block_offset, code in shape.codes_by_offset
+        if code in WITH_RESULT
+    }
+    part_ids: set[int] = set()
+    held_bytes = 0
+    for number, place in enumerate(final):
+        shape = part_of_run.get((place.block_id, place.block_offset)) if place.state in WITH_RESULT else None
+        if shape is None or shape.id in part_ids:
+            continue
+        held_bytes += shape.results_bytes
+        if part_ids and held_bytes > bytes_max:
+            return list(final[:number]), sorted(part_ids)
+        part_ids.add(shape.id)
+    return list(final), sorted(part_ids)
+
+
+def _part_shapes(block_ids: Sequence[int]) -> Script[list[PartShape]]:
+    return (yield from fetch_as(PartShape, "shapes_of_parts", ids=as_json(block_ids)))
 
 
 def _nearest(
@@ -142,10 +205,16 @@ def _nearest(
     return nearest, {block_id: sizes[block_id] for _, block_id, _ in nearest}
 
 
-def _states(sizes: dict[int, int]) -> Script[dict[int, bytearray]]:
-    """Return the state at each offset of some blocks, from the spans that have the states."""
+def _states(sizes: dict[int, int]) -> Script[tuple[dict[int, bytearray], int]]:
+    """Return the state at each offset of some blocks, from the spans that have the states, and the size of all results
+    of these blocks.
+    """
     states = {block_id: bytearray((runs_core.MOVED,)) * runs_count for block_id, runs_count in sizes.items()}
-    for block_id, encoded_offsets, span_states in (yield from fetch("states_of_blocks", ids=as_json(list(states)))):
+    results_bytes = 0
+    for block_id, encoded_offsets, span_states, all_bytes in (
+        yield from fetch("states_of_blocks", ids=as_json(list(states)))
+    ):
+        results_bytes = all_bytes
         if encoded_offsets is None:
             if runs_core.MOVED not in span_states:
                 states[block_id] = bytearray(span_states)
@@ -156,13 +225,13 @@ def _states(sizes: dict[int, int]) -> Script[dict[int, bytearray]]:
         for block_offset, state in zip(block_offsets, span_states, strict=True):
             if state != runs_core.MOVED:
                 states[block_id][block_offset] = state
-    return states
+    return states, results_bytes
 
 
-def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[bytes, int]]]:
-    """Return the last recorded result at each offset of some blocks."""
+def _results(rows: Rows) -> dict[tuple[int, int], tuple[bytes, int]]:
+    """Return the last recorded result at each `(block id, block offset)` of some parts."""
     results: dict[tuple[int, int], tuple[bytes, int]] = {}
-    for row in (yield from fetch("parts_of_blocks", ids=as_json(block_ids))):
+    for row in rows:
         part = to_part(row)
         for block_offset, code, result, kind in results_of(part):
             if code in WITH_RESULT:
@@ -187,7 +256,7 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
     span, state = home_of(spans, block_offset)
     attempts: list[dict[str, object]] = []
     result, result_kind = b"", 0
-    for row in (yield from fetch("parts_of_blocks", ids=as_json([block_id]))):
+    for row in (yield from fetch("parts_of_run", block_id=block_id, block_offset=encode_uint16s((block_offset,)))):
         part = to_part(row)
         for block_offset_of_part, code, data, kind in results_of(part):
             if block_offset_of_part != block_offset:
@@ -339,7 +408,12 @@ def _count_blocks(
     for row in (yield from fetch("spans_of_blocks", ids=as_json(ids))):
         span = to_span(row)
         spans_by_block[span.block_id].append(span)
-    recorded = yield from _results(ids)
+    recorded = {
+        (shape.block_id, block_offset)
+        for shape in (yield from _part_shapes(ids))
+        for block_offset, code in shape.codes_by_offset
+        if code in WITH_RESULT
+    }
     for block_id, runs_count in blocks:
         living = [0] * runs_count
         for span in spans_by_block[block_id]:

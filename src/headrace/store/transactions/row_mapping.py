@@ -6,13 +6,13 @@ bulk writes are one statement with one blob: between two statements, a CPU-bound
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from headrace.core.batch import BatchRecord
-from headrace.core.span import Counts, Part, Span
+from headrace.core.span import Counts, Part, Span, decode_uint16s
 from headrace.store.transactions.sql_script import Script, fetch, fetch_first
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -114,6 +114,23 @@ class PartRow(NamedTuple):
     block_offsets: bytes | None
     codes: bytes
     results: bytes
+
+
+class PartShape(NamedTuple):
+    """A row of the statement `shapes_of_parts`: a part without its results."""
+
+    id: int
+    block_id: int
+    settled_us: int
+    block_offsets: bytes | None
+    codes: bytes
+    results_bytes: int
+
+    @property
+    def codes_by_offset(self) -> Iterator[tuple[int, int]]:
+        """The block offset and the code of each outcome."""
+        offsets = range(len(self.codes)) if self.block_offsets is None else decode_uint16s(self.block_offsets)
+        return zip(offsets, self.codes, strict=True)
 
 
 class BlockRow(NamedTuple):

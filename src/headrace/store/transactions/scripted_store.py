@@ -154,7 +154,7 @@ class ScriptedStore(ABC):
         """Lease spans to a live session. Their inputs are unpacked here, outside the transaction."""
         if claim.runs_max < 1:
             raise InvalidInput(f"a claim requests at least one run, got runs_max={claim.runs_max}")
-        taken = await self._write(lambda: leases.claim(claim, now_us))
+        taken = await self._write(lambda: leases.claim(claim, now_us, self._limits.claim_bytes_max))
         return [lease_of_row(span, taken.blocks[span.block_id]) for span in taken.spans]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
@@ -179,7 +179,8 @@ class ScriptedStore(ABC):
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
     ) -> list[tuple[BatchRecord, Ledger]]:
         """List batches, newest first."""
-        return await self._read(lambda: queries.list_batches(environment, states, before_id, limit))
+        bytes_max = self._limits.results_page_bytes_max
+        return await self._read(lambda: queries.list_batches(environment, states, before_id, limit, bytes_max))
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
         """Return ranges of announced indexes that are not durable yet."""
@@ -189,7 +190,10 @@ class ScriptedStore(ABC):
         self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
     ) -> list[RunOutcome]:
         """Return final outcomes from `from_index` on, in index order."""
-        return await self._read(lambda: queries.outcomes(batch_id, from_index, runs_max, passing=passing))
+        bytes_max = self._limits.results_page_bytes_max
+        return await self._read(
+            lambda: queries.outcomes(batch_id, from_index, runs_max, bytes_max=bytes_max, passing=passing)
+        )
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
         """Return one run."""
@@ -209,9 +213,10 @@ class ScriptedStore(ABC):
         limit: int = 50,
     ) -> list[RunRecord]:
         """List runs that match, newest batch first and by index inside it."""
+        bytes_max = self._limits.results_page_bytes_max
         return await self._read(
             lambda: listings.list_runs(
-                environment, batch_id, RunFilter(state, task, queue, tag, since_us), after, limit
+                environment, batch_id, RunFilter(state, task, queue, tag, since_us), after, limit, bytes_max
             )
         )
 

@@ -169,7 +169,7 @@ lanes AS MATERIALIZED (
 ),
 found_from_the_end AS MATERIALIZED (
     SELECT best.* FROM lanes CROSS JOIN LATERAL (
-        SELECT id, batch_id, queue, task, priority, order_no, first_index, unsettled_count, at_most_once, states
+        SELECT id, block_id, batch_id, queue, task, priority, order_no, first_index, unsettled_count, at_most_once, states
         FROM {schema}.span
         WHERE state = 'waiting' AND environment = :environment AND queue = lanes.queue AND task = lanes.task
             AND (expires_us = 0 OR expires_us > :now_us::bigint)
@@ -179,7 +179,7 @@ found_from_the_end AS MATERIALIZED (
 ),
 found_from_the_mark AS MATERIALIZED (
     SELECT best.* FROM lanes CROSS JOIN LATERAL (
-        SELECT id, batch_id, queue, task, priority, order_no, first_index, unsettled_count, at_most_once, states
+        SELECT id, block_id, batch_id, queue, task, priority, order_no, first_index, unsettled_count, at_most_once, states
         FROM {schema}.span
         WHERE state = 'waiting' AND environment = :environment AND queue = lanes.queue AND task = lanes.task
             AND priority = lanes.priority AND order_no >= lanes.mark
@@ -196,11 +196,22 @@ ranked AS MATERIALIZED (
         ORDER BY {claim_order()} ROWS UNBOUNDED PRECEDING)::bigint AS reached
     FROM found
 ),
-chosen AS MATERIALIZED (
-    SELECT id, batch_id, queue, order_no, at_most_once, unsettled_count - greatest(reached - :runs_max::bigint, 0) AS taken_count,
+wanted AS MATERIALIZED (
+    SELECT id, block_id, batch_id, queue, order_no, at_most_once, reached,
+        unsettled_count - greatest(reached - :runs_max::bigint, 0) AS taken_count,
         reached > :runs_max::bigint AS is_split, position('w'::bytea IN states) AS waiting_at,
         position('w'::bytea IN states) + unsettled_count = octet_length(states) + 1 AS is_tail
     FROM ranked WHERE reached - unsettled_count < :runs_max::bigint
+),
+-- The first of them whose blocks have at most so many bytes of inputs, at least one. Sizes are read without the inputs.
+sized AS MATERIALIZED (
+    SELECT wanted.*, sum((SELECT octet_length(items) + coalesce(octet_length(extras), 0) FROM {schema}.block
+        WHERE block.id = wanted.block_id)) OVER (ORDER BY reached) AS reached_bytes
+    FROM wanted
+),
+chosen AS MATERIALIZED (
+    SELECT * FROM sized
+    WHERE reached_bytes <= :bytes_max::bigint OR reached = (SELECT min(reached) FROM wanted)
 ),
 -- Of spans with a higher priority than the cursor it only matters whether there is one.
 higher AS MATERIALIZED (
@@ -268,7 +279,7 @@ advanced AS (
 held AS (
     SELECT * FROM before UNION ALL SELECT * FROM leased UNION ALL SELECT * FROM taken
 )
-SELECT verdict.word, {span_columns(held.)}, block.id, block.first_index, block.gaps, block.extras, block.items
+SELECT verdict.word, (SELECT count(*) FROM wanted) > (SELECT count(*) FROM chosen) AS is_cut, {span_columns(held.)}, block.id, block.first_index, block.gaps, block.extras, block.items
 FROM verdict LEFT JOIN (held JOIN {schema}.block ON block.id = held.block_id) ON true
 ORDER BY {claim_order(held.)};
 

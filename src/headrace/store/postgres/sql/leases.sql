@@ -42,6 +42,9 @@ FOR UPDATE SKIP LOCKED;
 -- blocks: read the inputs of some blocks
 SELECT id, first_index, gaps, extras, items FROM {schema}.block WHERE id = ANY ({bigint_array(:ids)});
 
+-- sizes_of_blocks: read how many bytes the inputs of some blocks have, without reading the inputs
+SELECT id, octet_length(items) + coalesce(octet_length(extras), 0) FROM {schema}.block WHERE id = ANY ({bigint_array(:ids)});
+
 -- lock_spans: lock some spans, in id order
 SELECT {span_columns()}
 FROM {schema}.span WHERE id = ANY ({bigint_array(:ids)})

@@ -63,12 +63,26 @@ SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE id = ANY ({bi
 SELECT id, extras FROM {schema}.block
 WHERE extras IS NOT NULL AND id = ANY ({bigint_array(:ids)});
 
--- states_of_blocks: read the states of the runs of some blocks
-SELECT block_id, positions, states FROM {schema}.span WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
+-- states_of_blocks: read the states of the runs of some blocks, with the size of all results of these blocks
+SELECT block_id, positions, states,
+    (SELECT coalesce(sum(octet_length(results)), 0)::bigint FROM {schema}.part WHERE block_id = ANY ({bigint_array(:ids)}))
+FROM {schema}.span WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
 
 -- parts_of_blocks: read the recorded outcomes of some blocks, oldest first
 SELECT {part_columns} FROM {schema}.part
 WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
+
+-- shapes_of_parts: read which outcomes some blocks have, oldest first, with the sizes of their results
+SELECT id, block_id, settled_us, positions, codes, octet_length(results) FROM {schema}.part
+WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
+
+-- parts_by_id: read some recorded outcomes, oldest first
+SELECT {part_columns} FROM {schema}.part WHERE id = ANY ({bigint_array(:ids)}) ORDER BY id;
+
+-- parts_of_run: read the recorded outcomes that may hold one run of a block, oldest first
+-- The bytes of a position may also be the halves of two others, so some parts do not hold the run.
+SELECT {part_columns} FROM {schema}.part
+WHERE block_id = :block_id AND (positions IS NULL OR position(:block_offset::bytea IN positions) > 0) ORDER BY id;
 
 -- sessions: list the sessions that have not ended
 SELECT id, kind, host, pid, started_us, heartbeat_us, serves, environment, key_id FROM {schema}.session WHERE ended_us = 0 ORDER BY id;

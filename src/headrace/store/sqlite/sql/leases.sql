@@ -38,6 +38,9 @@ ORDER BY {claim_order()} LIMIT :rows_max;
 -- blocks: read the inputs of some blocks
 SELECT id, first_index, gaps, extras, items FROM headrace_block WHERE id IN (SELECT value FROM json_each(:ids));
 
+-- sizes_of_blocks: read how many bytes the inputs of some blocks have, without reading the inputs
+SELECT id, length(items) + coalesce(length(extras), 0) FROM headrace_block WHERE id IN (SELECT value FROM json_each(:ids));
+
 -- lock_spans: lock some spans, in id order
 SELECT {span_columns()}
 FROM headrace_span WHERE id IN (SELECT value FROM json_each(:ids));

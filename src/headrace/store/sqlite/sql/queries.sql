@@ -58,12 +58,26 @@ SELECT id, first_index, runs_count, gaps FROM headrace_block WHERE id IN (SELECT
 -- extras_of_blocks: read what only some runs of some blocks have
 SELECT id, extras FROM headrace_block WHERE extras IS NOT NULL AND id IN (SELECT value FROM json_each(:ids));
 
--- states_of_blocks: read the states of the runs of some blocks
-SELECT block_id, positions, states FROM headrace_span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
+-- states_of_blocks: read the states of the runs of some blocks, with the size of all results of these blocks
+SELECT block_id, positions, states,
+    (SELECT coalesce(sum(length(results)), 0) FROM headrace_part WHERE block_id IN (SELECT value FROM json_each(:ids)))
+FROM headrace_span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 
 -- parts_of_blocks: read the recorded outcomes of some blocks, oldest first
 SELECT {part_columns} FROM headrace_part
 WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
+
+-- shapes_of_parts: read which outcomes some blocks have, oldest first, with the sizes of their results
+SELECT id, block_id, settled_us, positions, codes, length(results) FROM headrace_part
+WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
+
+-- parts_by_id: read some recorded outcomes, oldest first
+SELECT {part_columns} FROM headrace_part WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
+
+-- parts_of_run: read the recorded outcomes that may hold one run of a block, oldest first
+-- The bytes of a position may also be the halves of two others, so some parts do not hold the run.
+SELECT {part_columns} FROM headrace_part
+WHERE block_id = :block_id AND (positions IS NULL OR instr(positions, :block_offset) > 0) ORDER BY id;
 
 -- sessions: list the sessions that have not ended
 SELECT id, kind, host, pid, started_us, heartbeat_us, serves, environment, key_id FROM headrace_session WHERE ended_us = 0 ORDER BY id;

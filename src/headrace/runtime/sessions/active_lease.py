@@ -7,11 +7,13 @@ which runs had begun and not ended when the process ended, so that only those ar
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
 from headrace.core.pack import REFERENCE, pack
+from headrace.core.page import count_within
 from headrace.core.span import RETRY, Settlement, encode_uint16s
+from headrace.foundation.limits import MIB
 from headrace.store.protocol import Lease
 
 NOT_BEGUN: Final = 0
@@ -42,8 +44,8 @@ class ActiveLease:
 
     __slots__ = (
         "cancelled_offsets", "codes", "count", "cursor", "dirty_since_us", "dues", "ended_count", "ended_mark",
-        "evidence", "kinds", "lease", "marks", "object_keys", "part_no", "plan", "results", "sent", "slot",
-        "span_slots", "suspects",
+        "evidence", "has_untaken", "kinds", "lease", "marks", "object_keys", "part_no", "plan", "results", "sent",
+        "slot", "span_slots", "suspects",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, marks: memoryview | bytearray | None = None, slot: int = -1) -> None:
@@ -59,6 +61,7 @@ class ActiveLease:
         self.object_keys: dict[int, str] = {}
         self.sent = bytearray(self.count)
         self.part_no = 0
+        self.has_untaken = False
         self.dirty_since_us = 0
         self.slot = slot
         self.plan: DirectCall | None = None
@@ -133,20 +136,25 @@ class ActiveLease:
             self.object_keys.get(lease_offset, ""),
         )
 
-    def take_settlement(self) -> Settlement | None:
-        """Return the outcomes that were not yet taken, as the next part; None if there are none."""
+    def take_settlement(self, bytes_max: int = MIB) -> Settlement | None:
+        """Return outcomes that were not yet taken, as the next part; None if there are none.
+
+        Large results are taken in several parts of at most `bytes_max`, or of one result: readers read whole parts.
+        `has_untaken` is true then until the last of them.
+        """
         lease = self.lease
-        if self.part_no == 0 and self.ended_count == self.count:
+        if self.part_no == 0 and self.ended_count == self.count and sum(map(len, self.results)) <= bytes_max:
             codes, results = bytes(self.codes), self.results
             is_cut = self.count < len(lease.span_slots)
             span_slots = None if lease.whole and not is_cut else encode_uint16s(self.span_slots)
-            lease_offsets: list[int] | range = range(self.count)
+            lease_offsets: Sequence[int] = range(self.count)
         else:
-            lease_offsets = [
-                n for n, (code, sent) in enumerate(zip(self.codes, self.sent, strict=True)) if code and not sent
-            ]
-            if not lease_offsets:
+            untaken = [n for n, (code, sent) in enumerate(zip(self.codes, self.sent, strict=True)) if code and not sent]
+            if not untaken:
                 return None
+            sizes = (len(self.results[lease_offset]) for lease_offset in untaken)
+            lease_offsets = untaken[: count_within(sizes, bytes_max)]
+            self.has_untaken = len(lease_offsets) < len(untaken)
             codes = bytes(self.codes[lease_offset] for lease_offset in lease_offsets)
             results = [self.results[lease_offset] for lease_offset in lease_offsets]
             span_slots = encode_uint16s(self.span_slots[lease_offset] for lease_offset in lease_offsets)

@@ -30,6 +30,7 @@ from headrace.runtime.sessions.cancel_watch import CancelWatch
 from headrace.runtime.sessions.inflight_marks import SLOTS, InflightMarks
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
 from headrace.store.protocol import Claim, Heartbeat, HeldLease, Lease, Release, Session
+from headrace.store.rpc import parts_of
 
 LOG: Any = get_logger("headrace.broker")
 Update = Settlement | Release
@@ -436,11 +437,13 @@ class StoreSession:
         settlements = [update for update in updates if isinstance(update, Settlement)]
         releases = [update for update in updates if isinstance(update, Release)]
         store, clock = self.engine.store, self.engine.clock
-        if settlements:
-            results = await store.settle(settlements, now_us=clock.now_us())
-            self._count_lost(settlements, results)
-            self.on_recorded(sum(len(settlement.codes) for settlement in settlements))
-            self.engine.recorded.notify(self._watched(settlements))
+        # Large results are written in several transactions (R2, settlements are recognised when repeated).
+        sizes = [len(settlement.results) for settlement in settlements]
+        for part in parts_of(settlements, sizes) if settlements else ():
+            results = await store.settle(part, now_us=clock.now_us())
+            self._count_lost(part, results)
+            self.on_recorded(sum(len(settlement.codes) for settlement in part))
+            self.engine.recorded.notify(self._watched(part))
         if releases:
             crashes_max = self.engine.limits.crashes_max
             await store.release(releases, crashes_max=crashes_max, now_us=clock.now_us())

@@ -336,12 +336,16 @@ class Worker:
             await self.session.put(update)
 
     def _outcomes_of(self, active: ActiveLease) -> list[Update]:
-        settlement = active.take_settlement()
-        if settlement is None:
-            return []
-        for code in self._counts:
-            self._counts[code] += settlement.codes.count(code)
-        return [settlement]
+        settlements: list[Update] = []
+        while True:
+            settlement = active.take_settlement(self.engine.limits.chunk_bytes_max)
+            if settlement is None:
+                return settlements
+            for code in self._counts:
+                self._counts[code] += settlement.codes.count(code)
+            settlements.append(settlement)
+            if not active.has_untaken:
+                return settlements
 
     def _release_of(self, active: ActiveLease) -> Release:
         lease = active.lease

@@ -28,7 +28,7 @@ OPERATIONS: Final = (
     "end_session", "sessions", "recover", "claim", "settle", "release", "unwanted_runs", "batch", "find_batch",
     "batches", "missing", "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune",
     "unnamed", "next_due_us", "duties", "take_duty", "end_duty", "add_key", "find_key", "keys", "revoke_key",
-    "find_signing_key", "signing_key", "spend", "keep_schedules", "tick", "schedules", "named_leases",
+    "find_signing_key", "signing_key", "has_keys", "spend", "keep_schedules", "tick", "schedules", "named_leases",
     "complete_waiting",
     "dead_letters", "purge_dead", "rules", "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes",
     "lease_loads", "tasks_of_batches",
@@ -36,7 +36,7 @@ OPERATIONS: Final = (
 STAGES: Final = ("requested", "done", "returned")
 UNUSED_OPERATIONS: Final = frozenset({
     "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed",
-    "add_key", "find_key", "keys", "revoke_key", "find_signing_key", "signing_key", "spend",
+    "add_key", "find_key", "has_keys", "keys", "revoke_key", "find_signing_key", "signing_key", "spend",
     "keep_schedules", "tick", "schedules", "named_leases", "complete_waiting", "dead_letters", "purge_dead", "rules",
     "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes",
     "lease_loads", "tasks_of_batches",

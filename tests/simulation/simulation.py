@@ -27,6 +27,7 @@ from headrace.runtime.worker import executor as executor_module
 from headrace.runtime.worker import outcome_recorder as outcome_module
 from headrace.store.memory import MemoryStore
 from tests.simulation.faults import NO_FAULTS, POINTS, Conditions, Network, PlannedCrash
+from tests.simulation.intruder import Intruder
 from tests.simulation.invariant_monitor import InvariantMonitor, result_of
 from tests.simulation.loop import CRASHED, DISCARDED, Process, SimulatedLoop, Stuck
 from tests.simulation.processes import (
@@ -62,6 +63,7 @@ class Simulation:
         self.loop = SimulatedLoop(Random(self._bits()), shuffle=self.random.choice((0.0, 0.2, 1.0)))
         self.store = MemoryStore(LIMITS)
         self.monitor = InvariantMonitor(self.store, self._fault)
+        self.intruder = Intruder(self.store, self._fault)
         self.network = Network(self.loop, Random(self._bits()), self._deliver)
         self.objects: dict[str, bytes] = {}
         self.lines: list[str] = []
@@ -149,6 +151,8 @@ class Simulation:
 
     def _deliver(self, process: Process, operation: str, args: Any, kwargs: Any) -> Any:
         """Perform a request on the store."""
+        if self.intruder.see(operation, args, kwargs):
+            self.monitor.delivered("", args, None)  # expects no change
         if operation == "redrive" and self._has_at_most_once_runs(args[0]):
             raise Conflict("simulated: runs of at-most-once tasks are not redriven")
         try:

@@ -118,6 +118,10 @@ def test_a_seed_gives_the_same_trace_in_every_process() -> None:
     assert hashes == {simulate(11).trace_hash}
 
 
+def test_forged_requests_are_part_of_a_simulation() -> None:
+    assert simulate(3).intruder.forged_count > 10
+
+
 def test_two_seeds_give_different_traces() -> None:
     assert simulate(1).trace_hash != simulate(2).trace_hash
 
@@ -148,7 +152,7 @@ def test_a_process_may_crash_at_any_fault_point(point: str) -> None:
 # -- the simulation detects broken rules
 
 
-settle_now, end_now, append_now = spans.settle, writes.end, MemoryStore.append
+settle_now, end_now, append_now, live_now = spans.settle, writes.end, MemoryStore.append, writes.live
 
 
 def settle_without_fence(span: Span | None, settlement: Settlement, **options: Any) -> spans.SpanDecision:
@@ -163,6 +167,11 @@ def recover_without_ending(tables: Tables, session: Session, *options: Any) -> i
     leases_count = end_now(tables, session, *options)
     tables.sessions[session.id] = session
     return leases_count
+
+
+def live_for_everyone(tables: Tables, session_id: str, **_owner: Any) -> Session:
+    """Break the separation of tenants: find the session of another environment or key."""
+    return live_now(tables, session_id)
 
 
 def ignore_lost_session(_worker: Worker) -> None:
@@ -182,6 +191,7 @@ async def acknowledge_without_append(store: MemoryStore, batch_id: str, chunks: 
         pytest.param(spans, "settle", settle_without_fence, 0, id="no fence"),
         pytest.param(writes, "end", recover_without_ending, 0, id="recovered but alive"),
         pytest.param(Worker, "_session_lost", ignore_lost_session, 605, id="continues after its session ended"),
+        pytest.param(writes, "live", live_for_everyone, 0, id="sessions of other tenants"),
         pytest.param(MemoryStore, "append", acknowledge_without_append, 0, id="acknowledged and lost"),
     ],
 )

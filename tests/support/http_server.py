@@ -323,6 +323,7 @@ async def running_server(
     registry: Registry | None = None,
     is_open: bool = False,
     api_key: str | None = KEY,
+    hosts: Sequence[str] = ("test",),
     wrap: Any = lambda store: store,
     payloads: Any = None,
     faults: ResponseFaults | None = None,
@@ -344,7 +345,7 @@ async def running_server(
         beats_beside=False,
         wakeup=Wakeup(),
     )
-    service = Service(engine, registry=registry, api_key=api_key, is_open=is_open)
+    service = Service(engine, registry=registry, api_key=api_key, is_open=is_open, hosts=hosts)
     try:
         async with AsyncExitStack() as stack:
             if faults is not None:

@@ -43,3 +43,43 @@ def spend(bucket: Bucket, cost: int, *, full_us: int, now_us: int) -> Spent:
         return Spent(False, (span_us - owed_us) // bucket.refill_us, late_us, now_us + owed_us)
     owed_us += price_us
     return Spent(True, (span_us - owed_us) // bucket.refill_us, 0, now_us + owed_us)
+
+
+class StreamShares:
+    """Places for item streams, shared by environments.
+
+    An environment may take a further place while it holds fewer than are free. So one alone gets half of them, two a
+    third each, and a further environment finds a place whatever the others hold.
+    """
+
+    def __init__(self, *, places: int, places_each: int) -> None:
+        """`places_each`: the most that one environment may hold, however many are free."""
+        self._places = places
+        self._places_each = places_each
+        self._held: dict[str, int] = {}
+        self._held_count = 0
+
+    @property
+    def is_full(self) -> bool:
+        """True if no place is free."""
+        return self._held_count >= self._places
+
+    def held(self, environment: str) -> int:
+        """Count the places that an environment holds."""
+        return self._held.get(environment, 0)
+
+    def enter(self, environment: str) -> bool:
+        """Take a place. False if none is free for this environment."""
+        held = self.held(environment)
+        if held >= min(self._places_each, self._places - self._held_count):
+            return False
+        self._held[environment] = held + 1
+        self._held_count += 1
+        return True
+
+    def leave(self, environment: str) -> None:
+        """Free a place that was taken."""
+        held = self._held.pop(environment) - 1
+        if held:
+            self._held[environment] = held
+        self._held_count -= 1

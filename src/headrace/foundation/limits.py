@@ -65,7 +65,8 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("packet_bytes_max", "bytes", 16 * MIB, KIB, 256 * MIB, "One payload that a client uploads before it sends the item."),
         Limit("expansion_max", "times", 200, 2, 1_000, "Factor by which a compressed body may grow."),
         Limit("metadata_bytes_max", "bytes", 256 * KIB, 64, 16 * MIB, "Metadata of one run, encoded."),
-        Limit("streams_max", "streams", 256, 1, 100_000, "Concurrent streams of items to one server."),
+        Limit("streams_max", "streams", 256, 1, 100_000, "Concurrent streams of items to one server. An environment may open another while it holds fewer than are free."),
+        Limit("environment_streams_max", "streams", 128, 1, 100_000, "Concurrent streams of items of one environment to one server."),
         Limit("connections_max", "connections", 4_096, 1, 1_000_000, "Concurrent connections to one server."),
         Limit("requests_per_minute_max", "requests", 0, 0, 100_000_000, "Sustained request rate of an environment; 0 is no limit."),
         Limit("requests_burst_max", "requests", 750, 1, 100_000_000, "Requests that an environment may make at once, where the rate is limited."),
@@ -146,6 +147,7 @@ class Limits:
     expansion_max: int = TABLE["expansion_max"].default
     metadata_bytes_max: int = TABLE["metadata_bytes_max"].default
     streams_max: int = TABLE["streams_max"].default
+    environment_streams_max: int = TABLE["environment_streams_max"].default
     connections_max: int = TABLE["connections_max"].default
     requests_per_minute_max: int = TABLE["requests_per_minute_max"].default
     requests_burst_max: int = TABLE["requests_burst_max"].default

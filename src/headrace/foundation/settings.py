@@ -42,6 +42,7 @@ _NAMED_SOURCES: Final = ("flag --", "environment ")
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,20}")
 _SECRETS_HINT: Final = 'write a,b or ["a","b"]; `openssl rand -hex 32` makes a secret'
+_HOST: Final = re.compile(r"[a-z0-9_.-]{1,253}|\[[0-9a-f:.]{2,45}\]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 # Greedy up to the last @: a password that contains an @ is hidden whole.
 _URL_PASSWORD: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^:@/?#]*):.*@")
@@ -86,6 +87,7 @@ class Settings:
     processes: int
     host: str
     port: int
+    allowed_hosts: tuple[str, ...]
     api_key: str | None = field(repr=False)
     tls_cert: str | None
     tls_key: str | None
@@ -105,14 +107,14 @@ class Settings:
 
     def value(self, name: str) -> str | int | None:
         """Return the value of a setting or limit by its name."""
-        if name in ("grpc_secrets", "push"):
+        if name in ("allowed_hosts", "grpc_secrets", "push"):
             return ", ".join(self._words(name)) or None
         value: str | int | bool | None = getattr(self.limits if name in TABLE else self, name)
         return str(value).lower() if isinstance(value, bool) else value
 
     def _words(self, name: str) -> list[str]:
-        if name == "grpc_secrets":
-            return list(self.grpc_secrets)
+        if name != "push":
+            return list(getattr(self, name))
         return [f"{target.application}=http{'s' if target.is_tls else ''}://{target.authority}" for target in self.push]
 
     def shown(self) -> list[Shown]:
@@ -167,6 +169,7 @@ def load(
         processes=numbers["processes"],
         host=texts["host"],
         port=numbers["port"],
+        allowed_hosts=tuple(hosts_of(texts["allowed_hosts"])) if "allowed_hosts" in texts else (),
         api_key=texts.get("api_key"),
         tls_cert=texts.get("tls_cert"),
         tls_key=texts.get("tls_key"),
@@ -343,6 +346,22 @@ def _host(value: object) -> str:
     return _text("host", value, "an address")
 
 
+def _allowed_hosts(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else _text("allowed_hosts", value, "host names")
+    for name in hosts_of(text):
+        if not _HOST.fullmatch(name):
+            raise InvalidSetting(
+                f"allowed_hosts: expected host names without a port, separated by commas, got {name[:SHOWN_CHARS]!r}",
+                hint="write batches.internal, 10.0.0.7 or [fd00::7]",
+            )
+    return text
+
+
+def hosts_of(text: str) -> list[str]:
+    """Return the host names of a text, in lower case."""
+    return [name.strip().lower() for name in text.split(",")]
+
+
 def _api_key(value: object) -> str:
     if not isinstance(value, str) or not KEY_CHARS_MIN <= len(value) <= TEXT_CHARS_MAX or not value.isprintable():
         # The value is not repeated: it may be a mistyped key.
@@ -506,6 +525,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
         Option("host", "127.0.0.1", "an address", "The address that `headrace serve` listens on.", _host),
         _number(
             Limit("port", "port", 8_000, 0, 65_535, "The port that `headrace serve` listens on; 0 takes a free one.")
+        ),
+        Option(
+            "allowed_hosts",
+            None,
+            "host names, …",
+            "Host names that a server with --no-auth answers to, beside its address and those of this machine.",
+            _allowed_hosts,
         ),
         Option(
             "api_key",

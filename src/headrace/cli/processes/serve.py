@@ -167,6 +167,7 @@ async def _serve(
             registry=None if app is None else app.registry,
             api_key=settings.api_key,
             is_open=is_open,
+            hosts=(settings.host, *settings.allowed_hosts),
         )
         if app is not None and works:
             await stack.enter_async_context(app.worker())

@@ -53,6 +53,13 @@ class Forbidden(ClientFault):
     status = 403
 
 
+class WrongHost(ClientFault):
+    """The request names another host than this server."""
+
+    code = "WRONG_HOST"
+    status = 421
+
+
 class TooLarge(ClientFault):
     """The request body is too large."""
 
@@ -100,6 +107,12 @@ class Throttled(ClientFault):
     def __init__(self, message: str, *, headers: dict[str, str], **more: Any) -> None:
         super().__init__(message, **more)
         self.headers = headers
+
+
+class TooManyStreams(Throttled):
+    """The environment has its share of the server's streams."""
+
+    code = "TOO_MANY_STREAMS"
 
 
 class Busy(EngineFault):

@@ -10,16 +10,16 @@ from typing import Final
 
 from starlette.requests import Request
 
-from headrace.core.admission import Bucket
+from headrace.core.admission import Bucket, StreamShares
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.span import Key
 from headrace.foundation.access import Access
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound, StoreUnreachable
 from headrace.foundation.ids import check_batch_id
 from headrace.http.requests.auth import ANONYMOUS, Authenticator, Principal
-from headrace.http.requests.browser_guard import check_not_foreign
+from headrace.http.requests.browser_guard import LOOPBACK_NAMES, check_host, check_not_foreign
 from headrace.http.requests.declared_access import access_of, admit, declare
-from headrace.http.requests.error_responses import Busy, Forbidden, Throttled
+from headrace.http.requests.error_responses import RETRY_AFTER_S, Busy, Forbidden, Throttled, TooManyStreams
 from headrace.http.requests.metrics import Metrics
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.upkeep import Upkeep
@@ -83,18 +83,26 @@ class Service:
         registry: Registry | None = None,
         api_key: str | None = None,
         is_open: bool = False,
+        hosts: Sequence[str] = (),
     ) -> None:
-        """`registry`: tasks whose default queue and priority apply to items. `is_open`: authentication is disabled."""
+        """`registry`: tasks whose default queue and priority apply to items. `is_open`: authentication is disabled.
+
+        `hosts`: names of an open server, beside those of this machine.
+        """
         self.engine = engine
         self.limits = engine.limits
         self.registry = registry
         self.authenticator = Authenticator(engine, static_key=api_key, is_open=is_open)
+        self._is_open = is_open
+        self._hosts = LOOPBACK_NAMES.union(f"[{name}]" if _is_ipv6(name) else name.lower() for name in hosts)
         self.packets = ClientUploads(engine.payloads)
         self.metrics = Metrics(engine.duties)
         self.is_on_loopback = True
         self.is_draining = False
         self.draining = asyncio.Event()
         self._deadlines: set[asyncio.Timeout] = set()
+        limits = engine.limits
+        self._shares = StreamShares(places=limits.streams_max, places_each=limits.environment_streams_max)
         self._producers: dict[str, Producer] = {}
         self._queues_until_us = 0
 
@@ -139,8 +147,14 @@ class Service:
     async def _authenticate(self, request: Request) -> Principal:
         principal = await self.authenticator.authenticate(request.headers.get("authorization"))
         if principal.name == ANONYMOUS:
+            self.check_host(request)
             check_not_foreign(request)
         return principal
+
+    def check_host(self, request: Request) -> None:
+        """Raise `WrongHost` if an open server is asked by a name that is not its own."""
+        if self._is_open:
+            check_host(request, self._hosts)
 
     def caller(self, principal: Principal) -> Caller:
         """Return the caller of a client that sent no HTTP request."""
@@ -222,15 +236,11 @@ class Service:
         return len(self._deadlines)
 
     @asynccontextmanager
-    async def stream(self) -> AsyncGenerator[None, None]:
-        """Occupy one of the `streams_max` places for item streams. Raises `Busy`."""
-        if self.is_draining:
-            raise Busy("the server is stopping", hint="retry, on another server or in a moment")
-        if self.streams_count >= self.limits.streams_max:
-            raise Busy(
-                f"the server is already receiving {self.limits.streams_max} streams",
-                hint="retry in a moment, or raise streams_max",
-            )
+    async def stream(self, environment: str) -> AsyncGenerator[None, None]:
+        """Occupy one of the places for item streams. Raises `Busy`, and `TooManyStreams` for an environment that has
+        its share of them.
+        """
+        self._enter_stream(environment)
         self.metrics.streams.inc()
         try:
             async with asyncio.timeout(None) as deadline:
@@ -244,7 +254,25 @@ class Service:
             ) from None
         finally:
             self._deadlines.discard(deadline)
+            self._shares.leave(environment)
             self.metrics.streams.dec()
+
+    def _enter_stream(self, environment: str) -> None:
+        shares, limits = self._shares, self.limits
+        if self.is_draining:
+            raise Busy("the server is stopping", hint="retry, on another server or in a moment")
+        if shares.is_full:
+            raise Busy(
+                f"the server is already receiving {limits.streams_max} streams",
+                hint="retry in a moment, or raise streams_max",
+            )
+        if not shares.enter(environment):
+            raise TooManyStreams(
+                f"the environment already has {shares.held(environment)} streams to this server, its share",
+                headers={"retry-after": str(RETRY_AFTER_S)},
+                hint="send more items in each stream, or retry in a moment; the server's streams_max and "
+                "environment_streams_max bound the share",
+            )
 
     @asynccontextmanager
     async def upkeep(self) -> AsyncGenerator[None, None]:
@@ -300,3 +328,7 @@ class Service:
         if self.registry is None or task not in self.registry:
             return Key(task)
         return self.registry.get(task).key
+
+
+def _is_ipv6(name: str) -> bool:
+    return ":" in name and not name.startswith("[")

@@ -136,7 +136,7 @@ class TriggerBatches:
             return _streamed(batch, FeedCounts())
         _check_open(batch)
         check_accepts_items(batch)
-        async with service.stream():
+        async with service.stream(context.environment):
             taken = await ingest_items(service, context, request, batch, ignores_unknown=True)
         return _streamed(await seal_if_complete(context, batch, taken), taken)
 

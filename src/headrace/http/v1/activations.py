@@ -36,7 +36,7 @@ class ActivationEndpoint:
                 hint=f"set Content-Type: {CONTENT_TYPES[0]}",
             )
         intake = self._intake(context)
-        async with service.stream():
+        async with service.stream(context.environment):
             result = await intake.take(body_pieces(request, service.limits))
         for label, count in (
             ("accepted", result.accepted),

@@ -168,7 +168,7 @@ class V1Batches:
         check_accepts_items(batch)
         if not await self._service.is_exempt_from_limit(context.environment, batch):
             await self._service.spend_request(request, context.principal)
-        async with self._service.stream():
+        async with self._service.stream(context.environment):
             taken = await ingest_items(self._service, context, request, batch)
         after = await seal_if_complete(context, batch, taken)
         response = ItemsResponse(

@@ -7,7 +7,7 @@ import pytest
 from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.limits import DEFAULT, TABLE, Limits, check
 
-UNITS = ("_max", "_ms", "_s", "_size", "_mib", "_concurrency")
+UNITS = ("_max", "_ms", "_s", "_size", "_mib", "_concurrency", "_percent", "_descriptors")
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))

@@ -67,7 +67,9 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("metadata_bytes_max", "bytes", 256 * KIB, 64, 16 * MIB, "Metadata of one run, encoded."),
         Limit("streams_max", "streams", 256, 1, 100_000, "Concurrent streams of items to one server. An environment may open another while it holds fewer than are free."),
         Limit("environment_streams_max", "streams", 128, 1, 100_000, "Concurrent streams of items of one environment to one server."),
-        Limit("connections_max", "connections", 4_096, 1, 1_000_000, "Concurrent connections to one server."),
+        Limit("connections_max", "connections", 4_096, 1, 1_000_000, "Concurrent connections to one server; fewer where the system allows fewer descriptors."),
+        Limit("peer_connections_percent", "per cent", 50, 1, 100, "Share of its connections that a server gives to one address, or one /64 network of IPv6."),
+        Limit("reserved_descriptors", "descriptors", 128, 16, 100_000, "Descriptors that a server keeps for its files and its store; at most half of what the system allows."),
         Limit("requests_per_minute_max", "requests", 0, 0, 100_000_000, "Sustained request rate of an environment; 0 is no limit."),
         Limit("requests_burst_max", "requests", 750, 1, 100_000_000, "Requests that an environment may make at once, where the rate is limited."),
         Limit("batch_runs_per_minute_max", "runs", 0, 0, 10_000_000_000, "Sustained rate of announced runs of an environment; 0 is no limit."),
@@ -149,6 +151,8 @@ class Limits:
     streams_max: int = TABLE["streams_max"].default
     environment_streams_max: int = TABLE["environment_streams_max"].default
     connections_max: int = TABLE["connections_max"].default
+    peer_connections_percent: int = TABLE["peer_connections_percent"].default
+    reserved_descriptors: int = TABLE["reserved_descriptors"].default
     requests_per_minute_max: int = TABLE["requests_per_minute_max"].default
     requests_burst_max: int = TABLE["requests_burst_max"].default
     batch_runs_per_minute_max: int = TABLE["batch_runs_per_minute_max"].default

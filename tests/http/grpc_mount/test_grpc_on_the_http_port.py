@@ -376,20 +376,55 @@ async def test_bytes_that_only_begin_like_the_preface_are_an_http_1_request(tmp_
         writer.close()
 
 
-async def test_connections_beyond_the_limit_get_goaway(tmp_path: Path) -> None:
-    async with running_server(tmp_path, limits=LIMITS.replaced(connections_max=2)) as rig:
-        writers = []
-        for _ in range(2):
+def parsed_rest(data: bytes) -> list[int]:
+    """Return the kinds of the frames after a SETTINGS frame whose head was read already."""
+    start = data.index(frames.frame_header(4, frames.WINDOW_UPDATE, 0, 0))
+    return [kind for kind, _, _, _ in parsed(data[start:])]
+
+
+async def test_a_grpc_connection_without_calls_is_closed_for_another_one(tmp_path: Path) -> None:
+    async with running_server(tmp_path, limits=LIMITS.replaced(connections_max=2, peer_connections_percent=100)) as rig:
+        opened = []
+        for _ in range(3):
             reader, writer = await asyncio.open_connection(*rig.server.address)
             writer.write(GREETING)
             assert (await reader.readexactly(9))[3] == frames.SETTINGS
-            writers.append(writer)
+            opened.append((reader, writer))
+        assert parsed_rest(await opened[0][0].read())[-1] == frames.GOAWAY
+        assert len(rig.server.connections) == 2
+        for _, writer in opened:
+            writer.close()
+
+
+async def test_a_connection_beyond_the_limit_gets_goaway_while_calls_run_on_all_others(tmp_path: Path) -> None:
+    waiting = asyncio.Event()
+
+    class Slow(Consumer):
+        """A consumer that answers after a signal."""
+
+        async def get_task(self, _request: Any, _call: Any) -> taskbroker.GetTaskResponse:
+            """Wait, and return nothing."""
+            await waiting.wait()
+            return taskbroker.GetTaskResponse()
+
+    path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
+    limits = LIMITS.replaced(connections_max=1)
+    async with (
+        running_server(
+            tmp_path, limits=limits, consumer=methods_of(CONSUMER, Slow(), access=ACCESS), secrets=SECRETS
+        ) as rig,
+        channel(rig.server.address[1]) as client,
+    ):
+        call = client.unary_unary(path)(b"", metadata=((HEADER, Secrets(SECRETS).sign(path, b"")),))
+        while not any(connection.idle_since_s is None for connection in rig.server.connections):
+            await asyncio.sleep(0)
         reader, writer = await asyncio.open_connection(*rig.server.address)
         writer.write(GREETING)
         kinds = [kind for kind, _, _, _ in parsed(await reader.read())]
         assert kinds == [frames.SETTINGS, frames.GOAWAY]
-        for opened_writer in (*writers, writer):
-            opened_writer.close()
+        writer.close()
+        waiting.set()
+        await call
 
 
 async def test_one_certificate_serves_both_protocols(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import typer
 
 from headrace.foundation import interpreter
+from headrace.foundation.descriptors import raise_descriptor_limit
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.settings import Settings, hidden, load
 
@@ -79,8 +80,9 @@ def place_of(store: str | None, server: str | None) -> str | None:
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a command on an event loop of its own, uvloop where there is one."""
+    """Run a command on an event loop of its own, uvloop where there is one, with all descriptors that it may have."""
     interpreter.tune()
+    raise_descriptor_limit()
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     try:
         from uvloop import new_event_loop as loop_factory

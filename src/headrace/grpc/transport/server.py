@@ -21,6 +21,7 @@ from typing import Any, Final, cast
 from google.protobuf.message import DecodeError, Message
 
 from headrace.foundation.access import SMALL_BYTES_MAX
+from headrace.foundation.connection_table import ConnectionTable, network_of
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.foundation.logs import get_logger
@@ -129,18 +130,24 @@ class RunningCall:
 
 
 class ServerProtocol(Http2Protocol):
-    """One connection. `siblings`: the set of connections, of any protocol, that are shut down with the server."""
+    """One connection. `siblings`: the set of connections, of any protocol, that are shut down with the server.
 
-    def __init__(self, server: GrpcServer, siblings: set[Any] | None = None) -> None:
+    `table`: the table that admitted the connection.
+    """
+
+    def __init__(
+        self, server: GrpcServer, siblings: set[Any] | None = None, table: ConnectionTable | None = None
+    ) -> None:
         super().__init__(Http2Connection(server.bounds, server.budget))
         self._server = server
         self._siblings: set[Any] = set() if siblings is None else siblings
+        self._table = table
         self._idle_s = float(server.limits.http_idle_s)
         self._running: dict[int, RunningCall] = {}
         self._waiting_calls: deque[tuple[RequestReceived, float]] = deque()
         self._peer = ""
         self._is_ping_sent = False
-        self._received_s = self._progress_s = self._loop.time()
+        self._received_s = self._progress_s = self._called_s = self._loop.time()
         self._sent_bytes = 0
         self._has_stepped = False
         self._is_reading_paused = False
@@ -151,6 +158,18 @@ class ServerProtocol(Http2Protocol):
         """True until the connection is closed or lost."""
         return self in self._server.connections and not self._transport.is_closing()
 
+    @property
+    def idle_since_s(self) -> float | None:
+        """Time of the last call; None while a handler runs or its response is being sent."""
+        is_busy = self._running or self._waiting_calls or self._http2.pending_bytes
+        return None if is_busy else self._called_s
+
+    def close_idle(self) -> None:
+        """Close the connection for another one."""
+        self._http2.go_away()
+        self._flush()
+        close_gracefully(self._transport)
+
     # -- asyncio callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -159,8 +178,8 @@ class ServerProtocol(Http2Protocol):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self._peer = f"{peer[0]}:{peer[1]}"
-            self._http2.allotment.peer = peer[0]
-            if self._server.budget.is_distrusted(peer[0], self._loop.time()):
+            address = self._http2.allotment.peer = network_of(peer[0])
+            if self._server.budget.is_distrusted(address, self._loop.time()):
                 self._http2.distrust(now_us=int(self._loop.time() * 1e6))
         self._server.connections.add(self)
         self._siblings.add(self)
@@ -172,6 +191,8 @@ class ServerProtocol(Http2Protocol):
         del exc
         self._server.connections.discard(self)
         self._siblings.discard(self)
+        if self._table is not None:
+            self._table.remove(self)
         if self._timer is not None:
             self._timer.cancel()
         self._http2.close()
@@ -233,6 +254,7 @@ class ServerProtocol(Http2Protocol):
         return self._is_paused and self._http2.out_bytes > OUT_BYTES_MAX
 
     def _start_call(self, request: RequestReceived, arrived_s: float) -> None:
+        self._called_s = arrived_s
         path = request.headers[":path"]
         method = self._server.methods.get(path)
         running = RunningCall("none" if method is None else path)

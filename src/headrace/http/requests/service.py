@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -93,7 +93,6 @@ class Service:
         self.limits = engine.limits
         self.registry = registry
         self.authenticator = Authenticator(engine, static_key=api_key, is_open=is_open)
-        self._is_open = is_open
         self._hosts = LOOPBACK_NAMES.union(f"[{name}]" if _is_ipv6(name) else name.lower() for name in hosts)
         self.packets = ClientUploads(engine.payloads)
         self.metrics = Metrics(engine.duties)
@@ -139,6 +138,7 @@ class Service:
     async def authorize_off_loopback(self, request: Request) -> None:
         """Admit a request that needs a key unless it comes to a loopback address, and not through a proxy."""
         is_local = self.is_on_loopback and not any(name in request.headers for name in FORWARDED)
+        self.check_host(request)
         if (is_local or self.authenticator.is_open) and "authorization" not in request.headers:
             admit(request)
         else:
@@ -153,7 +153,7 @@ class Service:
 
     def check_host(self, request: Request) -> None:
         """Raise `WrongHost` if an open server is asked by a name that is not its own."""
-        if self._is_open:
+        if self.authenticator.is_open:
             check_host(request, self._hosts)
 
     def caller(self, principal: Principal) -> Caller:

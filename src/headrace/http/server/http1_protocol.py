@@ -1,8 +1,9 @@
 """Bounds of one HTTP/1.1 connection: the size of a request head, the time it may take, and how long a client may not
 read.
 
-uvicorn has none of these bounds. Timers run only while the client must act: while it owes the rest of a head, or does
-not read a response. A connection that begins with the HTTP/2 preface is passed to the gRPC server.
+uvicorn has none of these bounds. A connection is admitted by the table of the server's connections. Timers run only
+while the client must act: while it owes the rest of a head, or does not read a response. A connection that begins with
+the HTTP/2 preface is passed to the gRPC server.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Final, NoReturn, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from headrace.foundation.connection_table import Admission, ConnectionTable
 from headrace.foundation.limits import KIB
 from headrace.grpc.transport.closing import close_gracefully
 from headrace.grpc.transport.frames import PREFACE, ErrorCode, goaway, settings
@@ -20,8 +22,13 @@ from headrace.grpc.transport.frames import PREFACE, ErrorCode, goaway, settings
 HEAD_BYTES_MAX: Final = 64 * KIB
 _TOO_LARGE: Final = (431, "Request Header Fields Too Large", "expected a request head of at most 65,536 bytes")
 _TOO_SLOW: Final = (408, "Request Timeout", "the request head was not complete in time")
-Second = Callable[[set[Any]], asyncio.Protocol]
-"""Creates the protocol of an HTTP/2 connection. Its argument is the set of connections to shut down with the server."""
+_TOO_MANY: Final = (503, "Service Unavailable", "the server has no connection left; retry in a moment")
+REFUSED_S: Final = 1.0
+"""Seconds that a refused connection may take to send a request, which is answered."""
+Second = Callable[[set[Any], ConnectionTable | None], Any]
+"""Creates the protocol of an HTTP/2 connection. Its arguments are the set of connections to shut down with the server,
+and the table that admitted it.
+"""
 
 _INVALID: Final = (400, "Bad Request", "expected an HTTP/1.1 request")
 _OLD_VERSION: Final = (400, "Bad Request", "expected HTTP/1.0 or HTTP/1.1")
@@ -35,8 +42,13 @@ class HeadRefused(Exception):
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with bounds. Without `second` an HTTP/2 connection is an invalid request."""
 
-    def __init__(self, *arguments: Any, second: Second | None = None, **more: Any) -> None:
+    def __init__(
+        self, *arguments: Any, second: Second | None = None, table: ConnectionTable | None = None, **more: Any
+    ) -> None:
+        """`table`: admits the connection; None admits every one."""
         super().__init__(*arguments, **more)
+        self._table = table
+        self._admission = Admission.ADMITTED
         self._second = second
         self._preface: bytes | None = None if second is None else b""
 
@@ -49,10 +61,31 @@ class BoundedProtocol(HttpToolsProtocol):
         self._rejection = _INVALID
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._expect_head()
+        self._idle_since_s = self.loop.time()
+        if self._table is not None:
+            address = "" if self.client is None else self.client[0]
+            self._admission = self._table.admit(self, address, now_s=self._idle_since_s)
+        if self._admission is Admission.DROPPED:
+            self.transport.abort()
+        elif self._admission is Admission.REFUSED:
+            self._head_timer = self.loop.call_later(REFUSED_S, self.transport.abort)
+        else:
+            self._expect_head()
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """Time since which no request is being answered; None while one is."""
+        cycle: Any = self.cycle  # None before the first request
+        return None if cycle is not None and not cycle.response_complete else self._idle_since_s
+
+    def close_idle(self) -> None:
+        """Close the connection for another one."""
+        close_gracefully(self.transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
+        if self._table is not None:
+            self._table.remove(self)
         self._cancel_timers()
         super().connection_lost(exc)
 
@@ -71,6 +104,9 @@ class BoundedProtocol(HttpToolsProtocol):
                     self._pass_to_second(data)
                 return
             self._preface = None
+        if self._admission is not Admission.ADMITTED:
+            self._refuse(_TOO_MANY)
+            return
         if self._is_in_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -82,11 +118,14 @@ class BoundedProtocol(HttpToolsProtocol):
         assert self._second is not None
         self._cancel_timers()
         self.connections.discard(self)
-        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+        table = self._table
+        if self._admission is not Admission.ADMITTED:
             self.transport.write(settings({}) + goaway(0, ErrorCode.ENHANCE_YOUR_CALM, "too many connections"))
-            self.transport.close()
+            close_gracefully(self.transport)
             return
-        protocol = self._second(self.connections)
+        protocol = self._second(self.connections, table)
+        if table is not None:
+            table.replace(self, protocol)
         self.transport.set_protocol(protocol)
         protocol.connection_made(self.transport)
         protocol.data_received(data)
@@ -127,6 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Close the connection if this was its last response."""
+        self._idle_since_s = self.loop.time()
         super().on_response_complete()
         self._close_if_closing()
 
@@ -183,8 +223,9 @@ class BoundedProtocol(HttpToolsProtocol):
         body = f'{{"title":"{reason}","status":{status},"detail":"{detail}","error":"{detail}"}}'.encode()
         head = (
             f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/problem+json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n"
         )
+        head += "retry-after: 5\r\n\r\n" if status == _TOO_MANY[0] else "\r\n"
         self.transport.write(head.encode() + body)
         self.transport.close()
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import sys
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,7 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import uvicorn
 
 from headrace.foundation.addresses import is_loopback
+from headrace.foundation.connection_table import ConnectionTable
+from headrace.foundation.descriptors import connections_max_of, descriptor_limit
 from headrace.foundation.errors import InvalidSetting
+from headrace.foundation.limits import Limits
 from headrace.foundation.logs import get_logger
 from headrace.http.requests.service import Service
 from headrace.http.server.app import make_app
@@ -32,6 +36,9 @@ BACKLOG: Final = 2_048
 CUT_S: Final = 10
 """Seconds allowed for the responses of aborted streams: their items are flushed first."""
 
+HANDSHAKE_S: Final = 10.0
+"""Seconds that a TLS handshake may take."""
+STARTUP_FAILED: Final = 3
 
 PROTOCOLS: Final = ("http/1.1", "h2")
 """Protocols offered in TLS negotiation, preferred first. Clients that speak both (browsers, most HTTP clients) get
@@ -78,6 +85,32 @@ class _Uvicorn(uvicorn.Server):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), 1.0)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the app and listen. Unlike uvicorn's own method, this one bounds the time of a TLS handshake."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILED)
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def create_protocol() -> asyncio.Protocol:
+            protocol: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn calls it
+                config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+            )
+            return protocol
+
+        handshake_s = None if config.ssl is None else HANDSHAKE_S
+        self.servers = [
+            await loop.create_server(
+                create_protocol,
+                sock=listening,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=handshake_s,
+            )
+            for listening in sockets or ()
+        ]
+        self.started = True
+
     def end(self) -> None:
         """Stop serving."""
         self.should_exit = True
@@ -97,15 +130,15 @@ class Server:
     ) -> None:
         """`grpc`: answers the calls of HTTP/2 clients on the same port."""
         limits = service.limits
-        protocol: Any = BoundedProtocol
+        self.connections = table_of(limits)
+        protocol: Any = partial(BoundedProtocol, table=self.connections)
         if grpc is not None:
             from headrace.grpc.transport.server import ServerProtocol
 
-            protocol = partial(BoundedProtocol, second=partial(ServerProtocol, grpc))
+            protocol = partial(protocol, second=partial(ServerProtocol, grpc))
         config = uvicorn.Config(
             make_app(service),
             timeout_keep_alive=limits.http_idle_s,
-            limit_concurrency=limits.connections_max,
             timeout_graceful_shutdown=limits.shutdown_grace_s + CUT_S,
             backlog=BACKLOG,
             **uvicorn_settings(protocol),
@@ -159,6 +192,15 @@ class Server:
         service.cut()
         if self._grpc is not None:
             self._grpc.cut()
+
+
+def table_of(limits: Limits) -> ConnectionTable:
+    """Make the table of a server's connections, for the descriptors that this process may have."""
+    connections_max = connections_max_of(
+        limits.connections_max, descriptors=descriptor_limit(), reserve=limits.reserved_descriptors
+    )
+    peer_connections_max = max(1, connections_max * limits.peer_connections_percent // 100)
+    return ConnectionTable(connections_max=connections_max, peer_connections_max=peer_connections_max)
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.core.serving import Serving, StalledLane
+from headrace.core.serving import CLAIMS_DECIDE, NAMES_MAX, Serving, StalledLane
 from headrace.core.span import Key
 from headrace.store.protocol import LeaseLoad, MaintainStore
 from tests.support.store_rig import StoreRig
@@ -38,6 +38,36 @@ async def test_a_task_that_no_live_worker_knows_and_a_queue_that_none_takes_are_
     assert await stalled(rig, other) == [("slow", "other", "other_queues")]
     await rig.session(serves=Serving())
     assert await stalled(rig) == []
+
+
+async def test_a_heartbeat_adds_the_lanes_that_a_worker_claims_from(rig: StoreRig) -> None:
+    if not isinstance(rig.store, MaintainStore):
+        pytest.skip("a server adds the lanes of its clients")
+    await rig.filled(2)
+    session_id = await rig.session(serves=CLAIMS_DECIDE)
+    assert await stalled(rig) == [("default", "task", "unknown_task")]
+    for task, queues, expected in (
+        ("other", ("slow",), [("default", "task", "unknown_task")]),
+        ("task", ("slow",), [("default", "task", "other_queues")]),
+        ("task", ("default",), []),
+        ("other", None, []),
+    ):
+        serves = Serving(tasks=(task,), queues=queues)
+        await rig.store.heartbeat(session_id, now_us=rig.now_us, serves=serves)
+        assert await stalled(rig) == expected
+    (session,) = [session for session in await rig.store.sessions() if session.id == session_id]
+    assert session.serves == Serving(tasks=("other", "task"))
+    await rig.store.heartbeat(session_id, now_us=rig.now_us, serves=Serving(tasks=tuple(map(str, range(NAMES_MAX)))))
+    (session,) = [session for session in await rig.store.sessions() if session.id == session_id]
+    assert session.serves == Serving(), "too many names become all"
+
+
+async def test_lanes_are_added_to_no_session_that_serves_nothing(rig: StoreRig) -> None:
+    if not isinstance(rig.store, MaintainStore):
+        pytest.skip("a server adds the lanes of its clients")
+    session_id = await rig.session("producer")
+    await rig.store.heartbeat(session_id, now_us=rig.now_us, serves=Serving(tasks=("task",)))
+    assert [session.serves for session in await rig.store.sessions()] == [None]
 
 
 async def test_a_worker_without_heartbeats_serves_nothing(rig: StoreRig) -> None:

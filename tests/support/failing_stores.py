@@ -50,6 +50,9 @@ class FaultySqlite(SqliteStore):
     async def _read(self, script: Callable[[], Script[T]]) -> T:
         return await super()._read(lambda: self._watched(script()))
 
+    async def _scan(self, script: Callable[[], Script[T]]) -> T:
+        return await self._read(script)
+
     def _watched(self, script: Script[T]) -> Script[T]:
         self.at("begin")
         try:

@@ -17,6 +17,7 @@ from headrace.core.admission import Bucket
 from headrace.core.batch import CANCELLED, STREAM
 from headrace.core.block import Extra
 from headrace.core.failure import Failure
+from headrace.core.serving import Serving
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, StoreUnavailable
 from headrace.foundation.ids import new_batch_id, new_session_id
@@ -156,7 +157,7 @@ class StoreScenario:
 
     async def _work(self, main: str) -> None:
         """Make small claims, one of them repeated, until nothing is left."""
-        await self.ask("heartbeat", self._session, now_us=self.now_us)
+        await self.ask("heartbeat", self._session, now_us=self.now_us, serves=Serving(tasks=("task",)))
         leases = await self._claim(3)
         assert await self._claim(3, again=True) == leases
         if leases:
@@ -263,6 +264,7 @@ class StoreScenario:
             host=self.environment,
             pid=1,
             started_us=self.now_us,
+            serves=Serving(environment=self.environment, tasks=()),
             environment=self.environment,
         )
         await self.ask("start_session", session, now_us=self.now_us)

@@ -24,6 +24,9 @@ REASONS: Final[Mapping[str, str]] = {
 STALLED_AFTER_S: Final = 30
 """Seconds without an outcome after which a waiting caller looks for stalled lanes, and looks again."""
 
+NAMES_MAX: Final = 1_000
+"""Most tasks, and most queues, that a session records by name."""
+
 LANES_MAX: Final = 1_000
 """Waiting spans of one batch whose lanes are looked at: a batch has few lanes."""
 
@@ -31,8 +34,9 @@ LANES_MAX: Final = 1_000
 class Serving(msgspec.Struct, frozen=True, omit_defaults=True):
     """The lanes that a worker serves, of one environment.
 
-    `tasks` and `queues` are None for all: a worker in another language sends its tasks with each claim. `queue_prefix`:
-    only queues that begin with it. `concurrency`: runs that it runs at a time, 0 where that is unknown.
+    `tasks` and `queues` are None for all. A worker in another language that names none begins with `CLAIMS_DECIDE`: its
+    claims add theirs. `queue_prefix`: only queues that begin with it. `concurrency`: runs that it runs at a time, 0
+    where that is unknown.
     """
 
     environment: str = "default"
@@ -48,6 +52,23 @@ class Serving(msgspec.Struct, frozen=True, omit_defaults=True):
     def takes_queue(self, queue: str) -> bool:
         """True if the worker claims from a queue."""
         return (self.queues is None or queue in self.queues) and queue.startswith(self.queue_prefix)
+
+    def widened(self, other: Serving) -> Serving:
+        """Return the lanes of both. Too many names become all."""
+        return msgspec.structs.replace(
+            self, tasks=_united(self.tasks, other.tasks), queues=_united(self.queues, other.queues)
+        )
+
+
+def _united(names: tuple[str, ...] | None, more: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names is None or more is None:
+        return None
+    united = dict.fromkeys((*names, *more))
+    return tuple(united) if len(united) <= NAMES_MAX else None
+
+
+CLAIMS_DECIDE: Final = Serving(tasks=(), queues=())
+"""Lanes of a worker that has not claimed yet and named none."""
 
 
 class WaitingLane(NamedTuple):

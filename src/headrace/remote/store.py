@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
-from headrace.core.serving import StalledLane
+from headrace.core.serving import Serving, StalledLane
 from headrace.core.span import Settlement
 from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import Limits
@@ -202,9 +202,11 @@ class RemoteStore:
         del now_us
         await self._ask("start_session", session=session)
 
-    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
-        """Keep a session alive. Returns its leases. The server knows the owner by its API key."""
-        del now_us, owner
+    async def heartbeat(
+        self, session_id: str, *, now_us: int, owner: SessionOwner | None = None, serves: Serving | None = None
+    ) -> Heartbeat:
+        """Keep a session alive. Returns its leases. The server knows the owner by its API key, and what it serves."""
+        del now_us, owner, serves
         beaten: HeartbeatWithTokens = await self._ask("heartbeat", session_id=session_id)
         for held, lease_token in zip(beaten.heartbeat.leases, beaten.tickets, strict=True):
             self._store_token(held.span_id, held.token, lease_token)

@@ -7,12 +7,11 @@
 - `MaintainStore`: recover sessions, move on what is overdue, delete what is old.
 - `AdministerStore`: API keys, signing keys and rate limits.
 
-A `ClientStore` is the first four: a server's client has these. A `Store` is all of them.
+A `ClientStore` is the first four: a server's client has these. A `Store` is all of them. Every operation is one
+transaction, answered after its commit, and safe to repeat. No store reads a clock (`now_us`).
 
-Every operation is one transaction, answered after its commit, and safe to repeat. No store reads a clock (`now_us`).
-
-Errors: after a `ClientFault` nothing has changed, and the same call will fail again. After a `StoreUnavailable` nothing
-has changed, and the call may succeed later. `SessionEnded` means that the process must start a new session.
+Errors: after a `ClientFault` or `StoreUnavailable` nothing has changed; the same call may succeed after the latter.
+`SessionEnded` means that the process must start a new session.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ class Appended(msgspec.Struct, kw_only=True):
 class Session(msgspec.Struct, kw_only=True):
     """A live process. `kind` is worker, producer, dispatcher or cli; `host` and `pid` are shown to operators.
 
-    `serves`: the lanes that it claims from; None for a process that claims nothing. `key_id`: the API key that started
-    it over the network; empty for a process that opens the store itself.
+    `serves`: the lanes that it claims from, None for none. `key_id`: the API key that started it, empty without one.
     """
 
     id: str
@@ -346,8 +344,10 @@ class SessionStore(Protocol):
     async def start_session(self, session: Session, *, now_us: int) -> None:
         """Register a process."""
 
-    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
-        """Renew a session. Raises `SessionEnded` if another process has recovered it."""
+    async def heartbeat(
+        self, session_id: str, *, now_us: int, owner: SessionOwner | None = None, serves: Serving | None = None
+    ) -> Heartbeat:
+        """Renew a session, and add `serves` to its lanes. Raises `SessionEnded` if another process has recovered it."""
 
     async def end_session(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> None:
         """End a session in good order: release its leases and seal its stream. A repeat does nothing."""

@@ -36,7 +36,7 @@ _LARGE_REQUESTS: Final[Mapping[str, int]] = {
     "tick": BYTES_MAX,
 }
 
-_SERVER_ARGUMENTS: Final = {"self", "now_us", "crashes_max", "owner"}
+_SERVER_ARGUMENTS: Final = {"self", "now_us", "crashes_max", "owner", "serves"}
 
 
 class LeaseWithToken(msgspec.Struct, array_like=True):

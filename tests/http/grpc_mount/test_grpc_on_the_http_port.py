@@ -140,6 +140,17 @@ async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_
         assert ended.value.code() is grpc.StatusCode.ABORTED
 
 
+async def test_a_worker_is_known_by_the_tasks_that_it_claims(tmp_path: Path, kind: str) -> None:
+    async with far(tmp_path, kind) as (rig, stub):
+        path = f"/v1/batches/{await rig.filled(1)}"
+        session = await stub.session()
+        assert await stub.claim(session, 1, tasks=["other"]) == []
+        assert [lane["reason"] for lane in (await rig.ask("GET", path)).json["stalled"]] == ["unknown_task"]
+        (lease,) = await stub.claim(session, 2)
+        await stub("ReleaseMany", wire.ReleaseManyRequest(leases=[lease.lease]))
+        assert (await rig.ask("GET", path)).json["stalled"] == []
+
+
 async def test_all_runs_of_a_lease_may_complete_in_a_few_bytes(tmp_path: Path) -> None:
     async with far(tmp_path) as (rig, stub):
         batch_id = await rig.filled(5)

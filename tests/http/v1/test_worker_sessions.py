@@ -73,8 +73,40 @@ async def test_a_worker_that_names_its_tasks_is_known_by_them(tmp_path: Path, ki
         session = (await server.ask("POST", "/v1/sessions", body)).json["id"]
         assert (await server.ask("GET", path)).json["stalled"][0]["reason"] == "unknown_task"
         assert (await server.ask("DELETE", f"/v1/sessions/{session}")).status == 204
-        await session_of(server)
-        assert (await server.ask("GET", path)).json["stalled"] == [], "it may claim any task"
+
+
+async def test_a_worker_that_names_no_tasks_is_known_by_its_claims(tmp_path: Path, kind: str) -> None:
+    async with running_server(tmp_path, kind) as server:
+        batch_id = await server.filled(1)
+
+        async def reasons() -> list[str]:
+            answer = await server.ask("GET", f"/v1/batches/{batch_id}")
+            return [lane["reason"] for lane in answer.json["stalled"]]
+
+        session = await session_of(server)
+        assert await reasons() == ["unknown_task"], "it has claimed nothing yet"
+        assert await claimed(server, session, 1, tasks=["other"], queues=["slow"]) == []
+        assert await reasons() == ["unknown_task"]
+        assert await claimed(server, session, 2, queues=["slow"]) == []
+        assert await reasons() == ["other_queues"]
+        (lease,) = await claimed(server, session, 3)
+        await server.ask("POST", "/v1/releases", {"leases": [lease["lease"]]})
+        assert await reasons() == []
+
+
+async def test_claims_of_the_same_tasks_state_them_once(tmp_path: Path) -> None:
+    async with running_server(tmp_path, "sqlite") as server:
+        session = await session_of(server)
+        await claimed(server, session, 1)
+        stated: list[str] = []
+
+        async def heartbeat(*_: Any, **__: Any) -> None:
+            stated.append("again")
+
+        server.engine.store.heartbeat = heartbeat  # type: ignore[assignment, method-assign]  # it must not be called
+        for number in range(2, 5):
+            await claimed(server, session, number)
+        assert stated == []
 
 
 async def test_a_waiting_heartbeat_returns_as_soon_as_a_leased_run_is_cancelled(tmp_path: Path, kind: str) -> None:

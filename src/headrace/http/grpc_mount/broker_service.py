@@ -15,7 +15,7 @@ import msgspec
 
 from headrace.core import pack, run
 from headrace.core.failure import Failure
-from headrace.core.serving import Serving
+from headrace.core.serving import CLAIMS_DECIDE
 from headrace.core.span import LOST, RECORDED, RETRY, SETTLED, Settlement, encode_uint16s
 from headrace.foundation.access import SMALL_BYTES_MAX, Access
 from headrace.foundation.errors import InvalidInput
@@ -81,7 +81,7 @@ class BrokerService:
             host=check_text("host", request.host[:HOST_CHARS_MAX]),
             pid=min(request.pid, 2**31),
             started_us=now_us,
-            serves=Serving(environment=caller.environment),  # its claims say which tasks
+            serves=msgspec.structs.replace(CLAIMS_DECIDE, environment=caller.environment),
             **caller.owner._asdict(),
         )
         await caller.engine.store.start_session(session, now_us=now_us)
@@ -133,7 +133,10 @@ class BrokerService:
         leases: list[Lease] | None = None
         limits = self._service.limits
         bytes_max = min(limits.claim_bytes_max, limits.grpc_message_bytes_max - HEAD_BYTES)
-        async for claimed in self._remote_work.claim(caller, claim, request.wait_ms / 1_000, bytes_max=bytes_max):
+        claiming = self._remote_work.claim(
+            caller, claim, request.wait_ms / 1_000, bytes_max=bytes_max, states_lanes=True
+        )
+        async for claimed in claiming:
             leases = claimed
         key = await self._lease_tokens.signing_key(caller)
         return wire.ClaimManyResponse(leases=[await self._leased(caller, key, lease) for lease in leases or ()])

@@ -10,6 +10,7 @@ import msgspec
 
 from headrace.core.pack import REFERENCE
 from headrace.core.page import count_within
+from headrace.core.serving import Serving
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import InvalidInput
 from headrace.http.requests.service import Caller, Service
@@ -19,6 +20,8 @@ from headrace.store.protocol import Claim, Heartbeat, Lease, Release
 
 RUNS_MAX: Final = 65_536
 TASKS_MAX: Final = 10_000
+STATED_SESSIONS_MAX: Final = 1_000
+"""Sessions whose last claimed tasks are remembered; others state them again."""
 KEEPALIVE_S: Final = 5.0
 STEP_S: Final = 1.0
 RUN_BYTES: Final = 128
@@ -31,11 +34,18 @@ class RemoteWork:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._stated_lanes: dict[tuple[str, ...], tuple[Sequence[str], Sequence[str] | None]] = {}
 
     async def claim(
-        self, context: Caller, claim: Claim, wait_s: float, *, bytes_max: int | None = None
+        self,
+        context: Caller,
+        claim: Claim,
+        wait_s: float,
+        *,
+        bytes_max: int | None = None,
+        states_lanes: bool = False,
     ) -> AsyncIterator[list[Lease] | None]:
-        """Claim leases, waiting up to `wait_s` for some.
+        """Claim leases, waiting up to `wait_s` for some. `states_lanes`: the session records what it claims.
 
         Yields None every `KEEPALIVE_S` seconds while there are none, then the leases, or an empty list after
         `wait_s`. With `bytes_max`, the runs whose inputs would exceed it, with those in the object store, are released.
@@ -43,6 +53,8 @@ class RemoteWork:
         request = self._checked(context, claim)
         engine = context.engine
         clock = engine.clock
+        if states_lanes:
+            await self._state_lanes(context, request)
         until_us = clock.now_us() + int(wait_s * 1_000_000)
         keepalive_us = clock.now_us() + int(KEEPALIVE_S * 1_000_000)
         while True:
@@ -83,6 +95,24 @@ class RemoteWork:
                 surplus.append(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
         await self.release(context, surplus)
         return kept
+
+    async def _state_lanes(self, context: Caller, claim: Claim) -> None:
+        """Add the tasks and queues of a claim to those of its session, unless the last claim had the same."""
+        lanes = (claim.tasks, claim.queues)
+        session = (claim.session_id, *context.owner)  # another owner's claims find out that they have no such session
+        if self._stated_lanes.get(session) == lanes:
+            return
+        serves = Serving(
+            environment=context.environment,
+            tasks=tuple(claim.tasks),
+            queues=None if claim.queues is None else tuple(claim.queues),
+        )
+        await context.engine.store.heartbeat(
+            claim.session_id, now_us=context.engine.clock.now_us(), owner=context.owner, serves=serves
+        )
+        self._stated_lanes[session] = lanes
+        while len(self._stated_lanes) > STATED_SESSIONS_MAX:
+            self._stated_lanes.pop(next(iter(self._stated_lanes)))
 
     async def unwanted_runs(self, context: Caller, session_id: str, *, seen: int, wait_s: float) -> Heartbeat:
         """Return the cancelled runs of a session, once their digest is not `seen`, at most `wait_s` later."""

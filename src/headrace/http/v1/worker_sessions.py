@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from headrace.core import pack, run
 from headrace.core.failure import Failure
-from headrace.core.serving import Serving
+from headrace.core.serving import CLAIMS_DECIDE, Serving
 from headrace.core.span import LOST, RETRY, Settlement, encode_uint16s
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
@@ -38,7 +38,7 @@ _Lease = Annotated[str, Meta(min_length=1, max_length=128)]
 
 
 class SessionBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of `POST /v1/sessions`. `tasks` and `queues`: those that the worker will claim; by default any."""
+    """Body of `POST /v1/sessions`. `tasks` and `queues`: those that the worker will claim; default: as it claims."""
 
     host: Annotated[str, Meta(max_length=200)] = ""
     pid: Annotated[int, Meta(ge=0, le=2**31)] = 0
@@ -213,8 +213,8 @@ class WorkerSessions:
             started_us=now_us,
             serves=Serving(
                 environment=context.environment,
-                tasks=None if params.tasks is None else tuple(params.tasks),
-                queues=None if params.queues is None else tuple(params.queues),
+                tasks=CLAIMS_DECIDE.tasks if params.tasks is None else tuple(params.tasks),
+                queues=_queues_of(params),
             ),
             **context.owner._asdict(),
         )
@@ -275,7 +275,7 @@ class WorkerSessions:
             runs_max=params.runs_max,
         )
         bytes_max = self._service.limits.claim_bytes_max
-        leases = self._remote_work.claim(context, claim, params.wait_s, bytes_max=bytes_max)
+        leases = self._remote_work.claim(context, claim, params.wait_s, bytes_max=bytes_max, states_lanes=True)
         first = await anext(leases)  # an invalid claim fails here, before the status line is sent
         return StreamingResponse(self._leases(context, first, leases), media_type="application/json")
 
@@ -369,6 +369,13 @@ class WorkerSessions:
         valid = [Release(span_id=lease[0], token=lease[1]) for lease in leases if lease is not None]
         words = iter(await self._remote_work.release(context, valid))
         return json_response(WordsResponse([LOST if lease is None else next(words) for lease in leases]))
+
+
+def _queues_of(params: SessionBody) -> tuple[str, ...] | None:
+    """Return the queues of a session. A worker that names its tasks only claims from all queues."""
+    if params.queues is not None:
+        return tuple(params.queues)
+    return CLAIMS_DECIDE.queues if params.tasks is None else None
 
 
 def _due_us(text: str, now_us: int) -> int:

@@ -21,7 +21,7 @@ from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
 from headrace.core.page import count_within
 from headrace.core.run import UNSETTLED
-from headrace.core.serving import StalledLane, stalled_lanes
+from headrace.core.serving import Serving, StalledLane, stalled_lanes
 from headrace.core.span import Counts, Policy, Settlement
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
 from headrace.foundation.limits import Limits
@@ -180,13 +180,17 @@ class MemoryStore:
             else:
                 tables.sessions[session.id] = msgspec.structs.replace(session, heartbeat_us=now_us, ended_us=0)
 
-    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
+    async def heartbeat(
+        self, session_id: str, *, now_us: int, owner: SessionOwner | None = None, serves: Serving | None = None
+    ) -> Heartbeat:
         """Renew a session, and return the leases that the store has for it."""
         with self._changing() as tables:
             session = writes.live(tables, session_id)
             if owner is not None and not reads.is_owned(tables, session_id, owner):
                 raise writes.ended(session_id)
             seen_us = max(session.heartbeat_us, now_us)
+            if serves is not None and session.serves is not None:
+                session = msgspec.structs.replace(session, serves=session.serves.widened(serves))
             tables.sessions[session_id] = msgspec.structs.replace(session, heartbeat_us=seen_us)
         return self._leases_of(session_id)
 

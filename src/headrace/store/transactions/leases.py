@@ -10,6 +10,7 @@ import msgspec
 from headrace.core import batch as batches
 from headrace.core.order import clock_after, returned_order_no
 from headrace.core.page import count_within
+from headrace.core.serving import Serving
 from headrace.core.span import (
     LEASED,
     LOST,
@@ -47,7 +48,15 @@ from headrace.store.transactions.row_mapping import (
     to_batch,
     to_span,
 )
-from headrace.store.transactions.sql_script import Script, TransactionConflict, fetch, fetch_as, fetch_column, fetch_one
+from headrace.store.transactions.sql_script import (
+    Script,
+    TransactionConflict,
+    fetch,
+    fetch_as,
+    fetch_column,
+    fetch_first,
+    fetch_one,
+)
 
 PROMOTE_MAX: Final = 1_000
 SWEEPS_MAX: Final = 4
@@ -80,7 +89,9 @@ def start_session(session: Session, now_us: int) -> Script[None]:
     yield from require_live(session.id, environment=session.environment, key_id=session.key_id)
 
 
-def heartbeat(session_id: str, now_us: int, owner: SessionOwner | None) -> Script[Heartbeat]:
+def heartbeat(
+    session_id: str, now_us: int, owner: SessionOwner | None, serves: Serving | None = None
+) -> Script[Heartbeat]:
     """Renew a session, and return its leases (R1, claims are repeatable by number)."""
     beat = yield from fetch_one("beat", id=session_id, now_us=now_us, **_named(owner))
     if beat is None:
@@ -90,6 +101,11 @@ def heartbeat(session_id: str, now_us: int, owner: SessionOwner | None) -> Scrip
             session=session_name(session_id),
         )
     (database_us,) = beat
+    if serves is not None:  # after the lock on the session's row
+        (text,) = yield from fetch_first("serves_of_session", id=session_id)
+        if text:
+            widened = msgspec.json.decode(text, type=Serving).widened(serves)
+            yield from fetch("put_serves", id=session_id, serves=msgspec.json.encode(widened).decode())
     return msgspec.structs.replace((yield from _leases_of(session_id)), database_us=database_us)
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import BatchRecord, Ledger, check_created
 from headrace.core.block import Chunk
-from headrace.core.serving import StalledLane
+from headrace.core.serving import Serving, StalledLane
 from headrace.core.span import Settlement, Span
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import Limits
@@ -117,9 +117,11 @@ class ScriptedStore(ABC):
         """Register a process."""
         await self._write(lambda: leases.start_session(session, now_us))
 
-    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
+    async def heartbeat(
+        self, session_id: str, *, now_us: int, owner: SessionOwner | None = None, serves: Serving | None = None
+    ) -> Heartbeat:
         """Renew a session, and return the leases that the store has for it."""
-        return await self._write(lambda: leases.heartbeat(session_id, now_us, owner))
+        return await self._write(lambda: leases.heartbeat(session_id, now_us, owner, serves))
 
     async def unwanted_runs(self, session_id: str, *, owner: SessionOwner | None = None) -> Heartbeat:
         """Return which runs of a session are cancelled."""

@@ -115,6 +115,12 @@ INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, end
 VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves, :environment, :key_id)
 ON CONFLICT DO NOTHING;
 
+-- serves_of_session: read the lanes that a session claims from
+SELECT serves FROM {schema}.session WHERE id = :id;
+
+-- put_serves: store the lanes that a session claims from
+UPDATE {schema}.session SET serves = :serves WHERE id = :id;
+
 -- beat: renew a live session, and return the time of the database's machine, which all hosts follow
 UPDATE {schema}.session SET heartbeat_us = greatest(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
     AND environment = coalesce(:environment, environment) AND key_id = coalesce(:key_id, key_id)

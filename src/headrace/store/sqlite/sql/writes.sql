@@ -129,6 +129,12 @@ WHERE id IN (SELECT value FROM json_each(:ids));
 INSERT OR IGNORE INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us, serves, environment, key_id)
 VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves, :environment, :key_id);
 
+-- serves_of_session: read the lanes that a session claims from
+SELECT serves FROM headrace_session WHERE id = :id;
+
+-- put_serves: store the lanes that a session claims from
+UPDATE headrace_session SET serves = :serves WHERE id = :id;
+
 -- beat: renew a live session
 UPDATE headrace_session SET heartbeat_us = max(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
     AND environment = coalesce(:environment, environment) AND key_id = coalesce(:key_id, key_id)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from types import CodeType
 from typing import Final
 
 _RUNTIME_FOLDER: Final = str(Path(__file__).parents[1])
 FRAMES_MAX: Final = 20
+FORMATTED_MAX: Final = 256
+_formatted: Final[dict[tuple[tuple[CodeType, int], ...], str]] = {}
+"""Texts of tracebacks by their instructions."""
 
 
 def describe(error: BaseException, *, chars_max: int) -> tuple[str, str, str]:
@@ -23,6 +27,26 @@ def describe(error: BaseException, *, chars_max: int) -> tuple[str, str, str]:
 
 
 def _trace(error: BaseException) -> str:
+    """Return the formatted frames of the task. Errors from the same instructions share one text: formatting one reads
+    its source files, and costs more than fifty runs.
+    """
+    places: list[tuple[CodeType, int]] = []
+    frames = error.__traceback__
+    while frames is not None:
+        code = frames.tb_frame.f_code
+        if not code.co_filename.startswith(_RUNTIME_FOLDER):
+            places.append((code, frames.tb_lasti))
+        frames = frames.tb_next
+    key = tuple(places[-FRAMES_MAX:])
+    text = _formatted.get(key)
+    if text is None:
+        if len(_formatted) >= FORMATTED_MAX:
+            _formatted.clear()
+        text = _formatted[key] = _format(error)
+    return text
+
+
+def _format(error: BaseException) -> str:
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_RUNTIME_FOLDER)
     ]

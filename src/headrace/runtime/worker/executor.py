@@ -203,6 +203,7 @@ class Executor:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=STOP_S)
+        self._outcomes.failure_log.flush()
         if self._sentinel is not None:
             self._sentinel.cancel()
         if self._threads is not None:
@@ -387,7 +388,7 @@ class Executor:
         stop = min(active.count, first + BURST_RUNS)
         remainder: Awaitable[None] | None = None
         until, look_at, step = perf_counter() + SLICE_S, lease_offset + 1, 1
-        while lease_offset < stop:
+        while lease_offset < stop and remainder is None:
             span_slot = span_slots[lease_offset]
             runner.lease_offset = lease_offset
             marks[span_slot] = BEGUN
@@ -433,7 +434,7 @@ class Executor:
                     active, lease_offset, runner, spec, continue_coroutine(coro, variables, waits_for)
                 )
             lease_offset += 1
-            break
+            stop = lease_offset if perf_counter() > until else stop  # a failed run took long enough to look at the time
         runner.active = None
         self._account(active, lease_offset - first, remainder is not None)
         return remainder

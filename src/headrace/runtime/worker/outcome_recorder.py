@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +15,6 @@ from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
-from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import ActiveLease
@@ -24,9 +22,7 @@ from headrace.runtime.tasks.bounds import ENCODABLE
 from headrace.runtime.tasks.exception_info import describe, error_line
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.tasks.value_checks import ResultCodec, ValueRefused
-from headrace.runtime.worker.run_driver import ids_of
-
-LOG: Any = get_logger("headrace.attempts")
+from headrace.runtime.worker.failure_log import FailureLog
 
 
 class PayloadAccess(Protocol):
@@ -48,6 +44,7 @@ class OutcomeRecorder:
         self._offload = offload
         self._inline_bytes_max = limits.inline_bytes_max
         self._error_chars_max = limits.error_chars_max
+        self.failure_log = FailureLog(clock)
         self._random = random.Random().random  # noqa: S311 - jitter, not secrets
 
     def complete(
@@ -102,7 +99,7 @@ class OutcomeRecorder:
         message = message[: self._error_chars_max]
         failure = Failure(type=kind, message=message, attempts=active.lease.attempt, crashes=active.lease.crashes_count)
         active.end(lease_offset, run.FAILED, failure.encode())
-        log_failure(active, lease_offset, failure)
+        self.failure_log.write(active, lease_offset, failure)
 
     def fail(self, active: ActiveLease, lease_offset: int, spec: TaskSpec, error: BaseException) -> None:
         """Record a failed attempt; the task's policy decides whether there is another."""
@@ -114,27 +111,7 @@ class OutcomeRecorder:
         )
         if due_us is None or lease.at_most_once:
             active.end(lease_offset, run.FAILED, failure.encode())
-            log_failure(active, lease_offset, failure, error=error)
+            self.failure_log.write(active, lease_offset, failure, error=error)
         else:
             active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)
-            log_failure(active, lease_offset, failure, error=error, due_us=due_us)
-
-
-def log_failure(
-    active: ActiveLease,
-    lease_offset: int,
-    failure: Failure,
-    *,
-    error: BaseException | None = None,
-    due_us: int | None = None,
-) -> None:
-    """Log a failed attempt: one line with its ids and what follows; the traceback at the level debug."""
-    ids = ids_of(active, lease_offset)
-    next_step = {"next": "failed"} if due_us is None else {"next": "retry", "retry_at": _moment(due_us)}
-    LOG.warning("attempt.failed", **ids, error=failure.type, message=failure.message, **next_step)
-    if error is not None:
-        LOG.debug("attempt.traceback", **ids, exc_info=error)
-
-
-def _moment(at_us: int) -> str:
-    return datetime.fromtimestamp(at_us / 1_000_000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            self.failure_log.write(active, lease_offset, failure, error=error, due_us=due_us)

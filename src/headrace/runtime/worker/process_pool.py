@@ -34,7 +34,7 @@ from headrace.runtime.sessions.inflight_marks import SLOTS, read, read_deadline,
 from headrace.runtime.sessions.session import StoreSession
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.worker.executor import SUSPECT_CRASHES, ExecutorCallbacks
-from headrace.runtime.worker.outcome_recorder import log_failure
+from headrace.runtime.worker.failure_log import FailureLog
 from headrace.runtime.worker.parent_objects import answer_of
 from headrace.runtime.worker.process_ipc import (
     HEADER,
@@ -134,6 +134,7 @@ class ProcessPool:
         self._suspects: deque[ActiveLease] = deque()
         self._open_slices: dict[ActiveLease, int] = {}
         self._interrupted_leases: set[ActiveLease] = set()
+        self._failure_log = FailureLog(engine.clock)
         self._next_slice_id = 1
         self._launches_count = 0
         self._is_stopping = False
@@ -497,10 +498,10 @@ class ProcessPool:
         due_us = retry_at_us(spec.retry, attempt=active.lease.attempt, error=error, now_us=now_us, random=lambda: 0.5)
         if due_us is None or active.lease.at_most_once:
             active.end(lease_offset, run.FAILED, failure.encode())
-            log_failure(active, lease_offset, failure)
+            self._failure_log.write(active, lease_offset, failure)
         else:
             active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)
-            log_failure(active, lease_offset, failure, due_us=due_us)
+            self._failure_log.write(active, lease_offset, failure, due_us=due_us)
 
     async def _watch_deadlines(self) -> None:
         while True:

@@ -180,10 +180,10 @@ def test_a_delay_over_its_own_cap_is_refused() -> None:
 def test_a_quantised_time_is_never_early_and_hardly_late(now_us: int, delay_us: int) -> None:
     due_us = now_us + delay_us
     quantised = quantised_due_us(due_us, now_us)
-    assert due_us <= quantised <= due_us + max(delay_us // 20, 10_000)
     if delay_us <= 0:
-        assert quantised == due_us
+        assert quantised == now_us, "all runs whose time has passed are due now"
     else:
+        assert due_us <= quantised <= due_us + max(delay_us // 20, 10_000)
         assert quantised % 10_000 == 0
 
 

@@ -407,6 +407,17 @@ async def test_retries_of_many_moments_share_few_spans(rig: StoreRig) -> None:
     assert len(await rig.claim(session_id)) == 1
 
 
+async def test_retries_whose_times_have_passed_when_they_are_recorded_share_a_span(rig: StoreRig) -> None:
+    await rig.filled(200)
+    session_id = await rig.session()
+    for attempt in (1, 2):
+        (lease,) = await rig.claim(session_id)  # one row for all runs, as a store that falls behind needs it
+        assert (len(lease.span_slots), lease.attempt) == (200, attempt)
+        await rig.settle(lease, "r", dues_us=[rig.now_us - 1_000 * number for number in range(200)])
+    (lease,) = await rig.claim(session_id)
+    assert (lease.indexes, lease.attempt) == (list(range(200)), 3)
+
+
 async def test_a_delayed_run_waits_and_an_expired_one_never_starts(rig: StoreRig) -> None:
     batch_id = await rig.batch(3)
     soon, late = rig.now_us + 5 * SECOND_US, rig.now_us + 9 * SECOND_US

@@ -140,11 +140,11 @@ def quantised_due_us(due_us: int, now_us: int) -> int:
 
     Later by less than 5 % of the delay, or 10 ms if that is more. The grid is absolute, and its step is 10 ms doubled
     as often as 5 % of the delay allows. Retries of similar delays therefore meet on it even if they failed at different
-    times. A due time that has passed is unchanged.
+    times. Runs whose due time has passed are all due now: a store that falls behind would otherwise write a row a run.
     """
     delay_us = due_us - now_us
     if delay_us <= 0:
-        return due_us
+        return now_us
     doublings = max(delay_us // (STEPS_IN_DELAY_MIN * STEP_US_MIN), 1).bit_length() - 1
     step_us = STEP_US_MIN << doublings
     return -(-due_us // step_us) * step_us

@@ -28,8 +28,8 @@ class CallGate:
 
     @property
     def is_open(self) -> bool:
-        """True if authentication is disabled."""
-        return self._authenticator.is_open and not self._has_secrets
+        """True if authentication is disabled, so that messages without a credential may have their full size."""
+        return self._authenticator.is_open
 
     def admit(self, access: Access, call: CallContext) -> Coroutine[Any, Any, None] | None:
         """Admit a call. Returns a coroutine if its key, or the existence of keys, must be looked up.
@@ -73,7 +73,8 @@ class CallGate:
                 raise unauthenticated()
             self._service.check_is_of_server(principal)
         principal.check_any(access.scopes)
-        call.caller = self._service.caller(principal)
+        if not access.is_of_server:  # the others act in the server's environment and know no callers
+            call.caller = self._service.caller(principal)
 
 
 def _refuse_keyless(*, exists: bool) -> None:

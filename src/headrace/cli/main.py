@@ -20,6 +20,7 @@ from headrace.cli.inspection import activations as activation_commands
 from headrace.cli.inspection import batch, dead, killswitch, queue
 from headrace.cli.inspection import run as run_commands
 from headrace.cli.inspection import schedule as schedule_commands
+from headrace.cli.inspection.run_enqueue import enqueue
 from headrace.cli.invocation.printing import error_lines, note, notes_are_json, notes_are_logged, silence_stdout
 from headrace.cli.maps import map  # noqa: A004 - a command's name
 from headrace.cli.processes import bench, demo, serve, worker
@@ -65,6 +66,7 @@ app.command("worker")(worker.command)
 app.command("serve")(serve.command)
 app.add_typer(key.app, name="key")
 app.add_typer(batch.app, name="batch")
+run_commands.app.command("enqueue")(enqueue)
 app.add_typer(run_commands.app, name="run")
 app.add_typer(queue.app, name="queue")
 app.add_typer(activation_commands.app, name="activations")

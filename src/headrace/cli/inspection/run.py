@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from headrace.runtime.engine import Engine
     from headrace.views import AttemptView, RunView
 
-app = typer.Typer(no_args_is_help=True, help="List and show runs, cancel one, redrive one.")
+app = typer.Typer(no_args_is_help=True, help="Enqueue a run, list and show runs, cancel one, redrive one.")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `headrace run list` shows it.")]
 SHOWN_CHARS = 2_000
@@ -108,7 +108,12 @@ def show(run: RunArgument, store: StoreOption = None, server: ServerOption = Non
     view = run_async(read())
     if json:
         say_json(view)
-        return
+    else:
+        show_view(view)
+
+
+def show_view(view: RunView) -> None:
+    """Print one run."""
     lines: list[tuple[str, object]] = [
         ("task", view.activation or view.task),
         ("batch", view.batch_id),
@@ -198,14 +203,14 @@ def redrive(run: RunArgument, store: StoreOption = None, server: ServerOption = 
         say(f"{run} will run again")
 
 
-def seconds_of(text: str) -> int:
+def seconds_of(text: str, option: str = "--since") -> int:
     """Return a length of time such as 90s, 15m, 2h or 3d in seconds. Raises `InvalidInput`."""
     from headrace.foundation.errors import InvalidInput
 
     number, unit = text[:-1], text[-1:]
     if not number.isdecimal() or unit not in UNITS or len(number) > UNIT_DIGITS_MAX:
         raise InvalidInput(
-            f"expected a length of time for --since, got {text[:40]!r}", hint="write a number and s, m, h or d: 2h"
+            f"expected a length of time for {option}, got {text[:40]!r}", hint="write a number and s, m, h or d: 2h"
         )
     return int(number) * UNITS[unit]
 

@@ -80,3 +80,38 @@ def change_last_us(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE headrace_schedule SET last_us = last_us - 24 * 3600000000")
         connection.commit()
+
+
+SCHEDULED = """
+from headrace import Headrace
+
+app = Headrace("tests")
+
+
+@app.schedule(every_s=3_600)
+@app.task
+async def hourly() -> str:
+    return "done"
+"""
+
+
+def test_a_schedule_is_run_now_beside_its_ticks(shell: Shell) -> None:
+    shell.write("scheduled.py", SCHEDULED)
+    make_known(scheduled())
+    (before,) = shell("schedule", "list", "--json").json["schedules"]
+    ran = shell("schedule", "run", "scheduled.py:app", "hourly", "--json")
+    assert (ran.code, ran.json["schedule"]) == (0, "hourly")
+    (after,) = shell("schedule", "list", "--json").json["schedules"]
+    assert after == before
+    shown = shell("run", "show", ran.json["run"], "--json").json
+    assert (shown["task"], shown["state"], shown["headers"]["headrace-schedule"]) == ("hourly", "waiting", "hourly")
+    assert "is enqueued" in shell("schedule", "run", "scheduled.py:app", "hourly").out
+
+
+def test_an_unknown_schedule_is_named_with_the_known_ones(shell: Shell) -> None:
+    shell.write("scheduled.py", SCHEDULED)
+    ran = shell("schedule", "run", "scheduled.py:app", "hourli")
+    assert ran.code == 2
+    assert "hourly" in ran.err
+    assert shell("schedule", "run", "scheduled.py:app", "x" * 1_000).code == 2
+    assert shell("schedule", "run", "scheduled.py", "hourly").code == 2

@@ -1,8 +1,8 @@
-"""`headrace schedule`: list schedules."""
+"""`headrace schedule`: list schedules, run one now."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,12 +20,12 @@ from headrace.cli.invocation.printing import moment, say, say_json, table
 if TYPE_CHECKING:
     from headrace.store.protocol import Schedule
 
-app = typer.Typer(no_args_is_help=True, help="List schedules.")
+app = typer.Typer(no_args_is_help=True, help="List schedules, run one now.")
 
 
 @app.callback()
 def group() -> None:
-    """List schedules."""
+    """List schedules, run one now."""
 
 
 @app.command("list")
@@ -64,6 +64,46 @@ def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOpti
             for row in rows
         ],
     )
+
+
+@app.command("run")
+def run(
+    target: Annotated[str, typer.Argument(metavar="MODULE_OR_FILE:APP", help="The app that has the schedule.")],
+    name: Annotated[str, typer.Argument(metavar="SCHEDULE", help="Its name, as `headrace schedule list` shows it.")],
+    store: StoreOption = None,
+    server: ServerOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Enqueue a run of a schedule now, beside its ticks.
+
+    The run is that of a tick at this moment. The next tick is not affected.
+    """
+    from headrace.cli.invocation.target_loader import load_app
+    from headrace.foundation.errors import NotFound
+    from headrace.foundation.ids import run_id
+    from headrace.foundation.suggestions import hint_of
+
+    loaded = load_app(target)
+    settings = settings_of(loaded, store=place_of(store, server))
+    spec = loaded.registry.schedules.get(name)
+    if spec is None:
+        names = sorted(loaded.registry.schedules)
+        raise NotFound(f"the app has no schedule {name[:60]!r}", hint=hint_of(name[:200], names, "its schedules"))
+
+    async def enqueue() -> str:
+        async with opened(settings) as engine:
+            now_us = engine.clock.now_us()
+            new, chunk = spec.run(engine, now_us)
+            await engine.store.create_batch(new, now_us=now_us)
+            await engine.store.append(new.id, [chunk], now_us=now_us, seals=True)
+            engine.wakeup.notify()
+            return run_id(new.id, 0)
+
+    enqueued = run_async(enqueue())
+    if json:
+        say_json({"run": enqueued, "schedule": name})
+    else:
+        say(f"{enqueued} is enqueued")
 
 
 def _row(schedule: Schedule, late_us: int) -> dict[str, Any]:

@@ -271,9 +271,10 @@ class Swept(msgspec.Struct, kw_only=True):
 
 
 class Pruned(msgspec.Struct, kw_only=True):
-    """Deleted batches, as `(environment, batch_id)`; their objects are still to be deleted. `more`: others are due."""
+    """Deleted batches, and those whose objects are still to be deleted, as `(environment, batch_id)`."""
 
     batches: list[tuple[str, str]]
+    with_objects: list[tuple[str, str]]
     more: bool
 
 
@@ -430,9 +431,8 @@ class QueryStore(Protocol):
     ) -> list[RunOutcome]:
         """Return consecutive final outcomes from `from_index` on, up to the first run that has none.
 
-        An index without a run is skipped; only streams have such gaps. With `passing`, runs without a final outcome are
-        skipped too: of a batch, the `runs_max` indexes from the first on are looked at. Results are bounded by
-        `results_page_bytes_max`.
+        An index without a run is skipped; only streams have such gaps. With `passing`, so are runs without an outcome,
+        and of a batch `runs_max` indexes are looked at. Results are bounded by `results_page_bytes_max`.
         """
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
@@ -536,7 +536,7 @@ class MaintainStore(Protocol):
     async def complete_waiting(
         self, environment: str, task: str, keys: Sequence[str], result: bytes, *, now_us: int
     ) -> int:
-        """Complete the runs that keys name and that wait, each with `result`, and no others. Returns how many."""
+        """Complete the runs that keys name and that wait, each with `result`. Returns how many."""
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Move waiting spans of a task to another queue, at most `spans_max`. Returns how many were moved."""

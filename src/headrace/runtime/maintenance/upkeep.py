@@ -26,7 +26,7 @@ from headrace.store.client_uploads import FOLDER as UPLOADS_FOLDER
 
 LOG: Any = get_logger("headrace.upkeep")
 ROWS_MAX: Final = 1_000
-BATCHES_MAX: Final = 10
+BATCHES_MAX: Final = 250
 ORPHAN_PAGE: Final = 500
 ORPHANS_EVERY_MS: Final = 5 * MINUTE_MS
 """Between two listings of the object store, which is slower to list than a table."""
@@ -204,7 +204,7 @@ class Upkeep:
         count = 0
         while True:
             pruned = await engine.maintenance.prune(before_us, batches_max=BATCHES_MAX, rows_max=ROWS_MAX)
-            for environment, batch_id in pruned.batches:
+            for environment, batch_id in pruned.with_objects:
                 try:
                     await engine.payloads.delete_batch(environment, batch_id)
                 except InvalidInput as error:  # an id that another version accepted; its batch had no objects

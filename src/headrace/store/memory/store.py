@@ -460,6 +460,7 @@ class MemoryStore:
                 if 0 < batch.finished_us <= finished_before_us
                 if all(batch.id != batch_id for batch_id, _ in tables.dead)
             )
+            owners_of_objects = set(tables.objects.values())
             for _, batch_id, _ in due[:batches_max]:
                 tables.forget(batch_id)
             owners = {span.session_id for span in tables.spans.values() if span.state == spans.LEASED}
@@ -469,7 +470,8 @@ class MemoryStore:
                     del tables.sessions[session.id]
             tables.buckets = {name: at for name, at in tables.buckets.items() if at >= finished_before_us}
         pruned = [(environment, batch_id) for _, batch_id, environment in due[:batches_max]]
-        return Pruned(batches=pruned, more=len(due) > batches_max)
+        with_objects = [(environment, batch_id) for environment, batch_id in pruned if batch_id in owners_of_objects]
+        return Pruned(batches=pruned, with_objects=with_objects, more=len(due) > batches_max)
 
     async def unnamed(self, keys: Sequence[str]) -> list[str]:
         """Return those of these object keys that no row names."""

@@ -11,7 +11,7 @@ from headrace.core.span import DELAYED, LEASED, WAITING
 from headrace.foundation.errors import Conflict
 from headrace.store.postgres.store import PostgresStore
 from headrace.store.store_copy import MOVING, PAGE_ROWS, Belongings, Page
-from headrace.store.transactions.maintenance import BY_STEPS
+from headrace.store.transactions.maintenance import delete_rows
 from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, as_json, take_ids
 from headrace.store.transactions.sql_script import Script, fetch, fetch_column, fetch_first, fetch_one
 
@@ -151,14 +151,12 @@ def _delete_unpublished(batch_ids: Sequence[str]) -> Script[bool]:
             raise Conflict(
                 "batches of this copy run in the target already", hint="continue the copy", batch_id=batch_id
             )
-    is_more = False
+    if (yield from delete_rows(batch_ids, PAGE_ROWS)).more:
+        return True
     for batch_id in batch_ids:
-        for name in (*BY_STEPS, "delete_dead"):
-            gone = yield from fetch(name, batch_id=batch_id, rows_max=PAGE_ROWS)
-            is_more = is_more or len(gone) >= PAGE_ROWS
-            if is_more:
-                break
-    return is_more
+        if len((yield from fetch("delete_dead", batch_id=batch_id, rows_max=PAGE_ROWS))) >= PAGE_ROWS:
+            return True
+    return False
 
 
 def _forget(move_id: str) -> Script[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from headrace.core import batch as batches
 from headrace.core.span import expire
@@ -13,15 +13,10 @@ from headrace.store.transactions.leases import release_spans
 from headrace.store.transactions.row_mapping import BatchRow, as_json, to_batch, to_span
 from headrace.store.transactions.sql_script import Script, fetch, fetch_as, fetch_column
 
-BY_STEPS: Final = (
-    "delete_parts",
-    "delete_spans",
-    "delete_blocks",
-    "delete_keys",
-    "delete_tags",
-    "delete_objects",
-)
-"""Statements that delete the rows of a batch, in this order, each a bounded step."""
+BY_BLOCK: Final = ("delete_parts", "delete_spans")
+"""Statements that delete the rows of some blocks, each a bounded step."""
+BY_BATCH: Final = ("delete_keys", "delete_tags")
+"""Statements that delete the rows of some batches beside their blocks, each a bounded step."""
 
 _UNKNOWN: Final = Suspects(span_slots=None, evidence="the session of this lease does not exist")
 
@@ -69,19 +64,53 @@ def sweep(rows_max: int, crashes_max: int, now_us: int) -> Script[Swept]:
 
 
 def prune(before_us: int, batches_max: int, rows_max: int) -> Script[Pruned]:
-    """Delete finished batches, children before parents, at most about `rows_max` rows of each table."""
+    """Delete finished batches, all of them with the same statements, at most about `rows_max` rows of each table."""
     finished = yield from fetch("finished_batches", before_us=before_us, rows_max=batches_max + 1)
-    pruned: list[tuple[str, str]] = []
-    for batch_id, environment in finished[:batches_max]:
-        for name in BY_STEPS:
-            if len((yield from fetch(name, batch_id=batch_id, rows_max=rows_max))) >= rows_max:
-                return Pruned(batches=pruned, more=True)
-        yield from fetch("delete_cancellations", batch_id=batch_id)
-        yield from fetch("delete_batch", batch_id=batch_id)
-        pruned.append((environment, batch_id))
+    environments: dict[str, str] = dict(finished[:batches_max])
+    with_objects: list[tuple[str, str]] = []
+    if environments:
+        step = yield from delete_rows(list(environments), rows_max)
+        with_objects = [(environments[batch_id], batch_id) for batch_id in sorted(step.with_objects)]
+        if step.more:
+            return Pruned(batches=[], with_objects=with_objects, more=True)
+        ids = as_json(sorted(environments))
+        yield from fetch("delete_cancellations", ids=ids)
+        yield from fetch("lock_batches", ids=ids)  # after the spans (R8, rows are locked in id order)
+        yield from fetch("delete_batches", ids=ids)
     yield from fetch("delete_sessions", before_us=before_us)
     yield from fetch("delete_buckets", before_us=before_us)
-    return Pruned(batches=pruned, more=len(finished) > batches_max)
+    batches_pruned = [(environment, batch_id) for batch_id, environment in environments.items()]
+    return Pruned(batches=batches_pruned, with_objects=with_objects, more=len(finished) > batches_max)
+
+
+class DeletedRows(NamedTuple):
+    """The result of one bounded step: batches of which objects became orphans, and True if rows may be left."""
+
+    with_objects: set[str]
+    more: bool
+
+
+def delete_rows(batch_ids: Sequence[str], rows_max: int) -> Script[DeletedRows]:
+    """Delete a bounded number of the rows of batches, children before parents, block by block.
+
+    A block is deleted in the step that deletes its last rows, so that no step reads it again.
+    """
+    ids = as_json(list(batch_ids))
+    blocks_max = max(rows_max // 2, 1)
+    blocks = yield from fetch_column("first_blocks", ids=ids, rows_max=blocks_max)
+    if blocks:
+        block_ids = as_json(blocks)
+        for name in BY_BLOCK:
+            if len((yield from fetch(name, ids=block_ids, rows_max=rows_max))) >= rows_max:
+                return DeletedRows(set(), more=True)
+        yield from fetch("delete_blocks", ids=block_ids)
+        if len(blocks) >= blocks_max:
+            return DeletedRows(set(), more=True)
+    for name in BY_BATCH:
+        if len((yield from fetch(name, ids=ids, rows_max=rows_max))) >= rows_max:
+            return DeletedRows(set(), more=True)
+    owners = yield from fetch_column("delete_objects", ids=ids, rows_max=rows_max)
+    return DeletedRows(set(owners), more=len(owners) >= rows_max)
 
 
 def unnamed(keys: Sequence[str]) -> Script[list[str]]:

@@ -56,6 +56,9 @@ WHERE batch_id = :batch_id AND first_index > :after_index AND first_index < :bef
     AND last_index >= :from_index
 ORDER BY first_index, id LIMIT :rows_max;
 
+-- first_blocks: read the ids of a bounded number of blocks of some batches
+SELECT id FROM {schema}.block WHERE batch_id = ANY ({text_array(:ids)}) LIMIT :rows_max;
+
 -- shapes_of_blocks: read which indexes some blocks hold
 SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE id = ANY ({bigint_array(:ids)});
 

@@ -158,38 +158,38 @@ ON CONFLICT DO NOTHING;
 -- forget_cancellations: remove the marks of runs that run again
 DELETE FROM {schema}.cancellation WHERE batch_id = :batch_id AND run_index = ANY ({bigint_array(:indexes)});
 
--- delete_parts: delete a bounded number of a batch's parts
-DELETE FROM {schema}.part WHERE id IN (
-    SELECT part.id FROM {schema}.part JOIN {schema}.block ON block.id = part.block_id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+-- delete_parts: delete a bounded number of the parts of some blocks
+DELETE FROM {schema}.part WHERE id = ANY (ARRAY(SELECT id FROM {schema}.part WHERE block_id = ANY ({bigint_array(:ids)}) LIMIT :rows_max))
 RETURNING 1;
 
--- delete_spans: delete a bounded number of a batch's spans
-DELETE FROM {schema}.span WHERE id IN (
-    SELECT span.id FROM {schema}.block JOIN {schema}.span ON span.block_id = block.id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+-- delete_spans: delete a bounded number of the spans of some blocks
+DELETE FROM {schema}.span WHERE id = ANY (ARRAY(SELECT id FROM {schema}.span WHERE block_id = ANY ({bigint_array(:ids)}) LIMIT :rows_max))
 RETURNING 1;
 
--- delete_blocks: delete a bounded number of a batch's blocks
-DELETE FROM {schema}.block WHERE id IN (SELECT id FROM {schema}.block WHERE batch_id = :batch_id LIMIT :rows_max)
-RETURNING 1;
+-- delete_blocks: delete some blocks, which have no spans and parts any more
+DELETE FROM {schema}.block WHERE id = ANY ({bigint_array(:ids)});
 
--- delete_keys: delete a bounded number of a batch's idempotency keys
+-- delete_keys: delete a bounded number of the idempotency keys of some batches
 DELETE FROM {schema}.idempotency WHERE (environment, task, key) IN (
-    SELECT environment, task, key FROM {schema}.idempotency WHERE batch_id = :batch_id LIMIT :rows_max)
+    SELECT environment, task, key FROM {schema}.idempotency WHERE batch_id = ANY ({text_array(:ids)}) LIMIT :rows_max)
 RETURNING 1;
 
--- delete_tags: delete a bounded number of a batch's tags
+-- delete_tags: delete a bounded number of the tags of some batches
 DELETE FROM {schema}.tag WHERE (environment, tag, batch_id, run_index) IN (
-    SELECT environment, tag, batch_id, run_index FROM {schema}.tag WHERE batch_id = :batch_id LIMIT :rows_max)
+    SELECT environment, tag, batch_id, run_index FROM {schema}.tag WHERE batch_id = ANY ({text_array(:ids)}) LIMIT :rows_max)
 RETURNING 1;
 
--- delete_objects: delete a bounded number of a batch's objects, which become orphans
-DELETE FROM {schema}.object WHERE key IN (SELECT key FROM {schema}.object WHERE batch_id = :batch_id LIMIT :rows_max)
-RETURNING 1;
+-- delete_objects: delete a bounded number of the objects of some batches, which become orphans
+DELETE FROM {schema}.object WHERE key IN (SELECT key FROM {schema}.object WHERE batch_id = ANY ({text_array(:ids)}) LIMIT :rows_max)
+RETURNING batch_id;
 
--- delete_cancellations: delete the cancellation marks of a batch
-DELETE FROM {schema}.cancellation WHERE batch_id = :batch_id;
+-- delete_cancellations: delete the cancellation marks of some batches
+DELETE FROM {schema}.cancellation WHERE batch_id = ANY ({text_array(:ids)});
 
--- delete_batch: delete a batch, as the last step
+-- delete_batches: delete some batches, as the last step
+DELETE FROM {schema}.batch WHERE id = ANY ({text_array(:ids)});
+
+-- delete_batch: delete a batch that turned out to be empty
 DELETE FROM {schema}.batch WHERE id = :batch_id;
 
 -- delete_sessions: delete sessions that ended long ago and own no unfinished stream

@@ -52,6 +52,9 @@ WHERE batch_id = :batch_id AND first_index > :after_index AND first_index < :bef
     AND last_index >= :from_index
 ORDER BY first_index, id LIMIT :rows_max;
 
+-- first_blocks: read the ids of a bounded number of blocks of some batches
+SELECT id FROM headrace_block WHERE batch_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max;
+
 -- shapes_of_blocks: read which indexes some blocks hold
 SELECT id, first_index, runs_count, gaps FROM headrace_block WHERE id IN (SELECT value FROM json_each(:ids));
 

@@ -164,38 +164,38 @@ SELECT :batch_id, value FROM json_each(:indexes);
 -- forget_cancellations: remove the marks of runs that run again
 DELETE FROM headrace_cancellation WHERE batch_id = :batch_id AND run_index IN (SELECT value FROM json_each(:indexes));
 
--- delete_parts: delete a bounded number of a batch's parts
-DELETE FROM headrace_part WHERE id IN (
-    SELECT part.id FROM headrace_part AS part JOIN headrace_block AS block ON block.id = part.block_id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+-- delete_parts: delete a bounded number of the parts of some blocks
+DELETE FROM headrace_part WHERE id IN (SELECT id FROM headrace_part WHERE block_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max)
 RETURNING 1;
 
--- delete_spans: delete a bounded number of a batch's spans
-DELETE FROM headrace_span WHERE id IN (
-    SELECT span.id FROM headrace_block AS block JOIN headrace_span AS span ON span.block_id = block.id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+-- delete_spans: delete a bounded number of the spans of some blocks
+DELETE FROM headrace_span WHERE id IN (SELECT id FROM headrace_span WHERE block_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max)
 RETURNING 1;
 
--- delete_blocks: delete a bounded number of a batch's blocks
-DELETE FROM headrace_block WHERE id IN (SELECT id FROM headrace_block WHERE batch_id = :batch_id LIMIT :rows_max)
-RETURNING 1;
+-- delete_blocks: delete some blocks, which have no spans and parts any more
+DELETE FROM headrace_block WHERE id IN (SELECT value FROM json_each(:ids));
 
--- delete_keys: delete a bounded number of a batch's idempotency keys
+-- delete_keys: delete a bounded number of the idempotency keys of some batches
 DELETE FROM headrace_idempotency WHERE (environment, task, key) IN (
-    SELECT environment, task, key FROM headrace_idempotency WHERE batch_id = :batch_id LIMIT :rows_max)
+    SELECT environment, task, key FROM headrace_idempotency WHERE batch_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max)
 RETURNING 1;
 
--- delete_tags: delete a bounded number of a batch's tags
+-- delete_tags: delete a bounded number of the tags of some batches
 DELETE FROM headrace_tag WHERE (environment, tag, batch_id, run_index) IN (
-    SELECT environment, tag, batch_id, run_index FROM headrace_tag WHERE batch_id = :batch_id LIMIT :rows_max)
+    SELECT environment, tag, batch_id, run_index FROM headrace_tag WHERE batch_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max)
 RETURNING 1;
 
--- delete_objects: delete a bounded number of a batch's objects, which become orphans
-DELETE FROM headrace_object WHERE key IN (SELECT key FROM headrace_object WHERE batch_id = :batch_id LIMIT :rows_max)
-RETURNING 1;
+-- delete_objects: delete a bounded number of the objects of some batches, which become orphans
+DELETE FROM headrace_object WHERE key IN (SELECT key FROM headrace_object WHERE batch_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max)
+RETURNING batch_id;
 
--- delete_cancellations: delete the cancellation marks of a batch
-DELETE FROM headrace_cancellation WHERE batch_id = :batch_id;
+-- delete_cancellations: delete the cancellation marks of some batches
+DELETE FROM headrace_cancellation WHERE batch_id IN (SELECT value FROM json_each(:ids));
 
--- delete_batch: delete a batch, as the last step
+-- delete_batches: delete some batches, as the last step
+DELETE FROM headrace_batch WHERE id IN (SELECT value FROM json_each(:ids));
+
+-- delete_batch: delete a batch that turned out to be empty
 DELETE FROM headrace_batch WHERE id = :batch_id;
 
 -- delete_sessions: delete sessions that ended long ago and own no unfinished stream

@@ -7,7 +7,7 @@ import atexit
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -22,12 +22,18 @@ from headrace.foundation.errors import (
     StoreUnavailable,
     StoreUnreachable,
 )
+from headrace.foundation.tcp_keepalive import KEEPALIVE_IDLE_S
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.outage import Outage
+from headrace.store.reachability import Reachability
 from headrace.store.rpc import error_of
 
 REQUEST_S: Final = 60.0
 CONNECT_S: Final = 10.0
+QUIET_S: Final = 60.0
+"""Seconds in which a server sends something on a stream: it sends blank lines while it has nothing else."""
+SILENT_GRACE_S: Final = 2.0
+"""Seconds that requests from before a silence get once a new connection works."""
 POOL_S: Final = 30.0
 """Seconds an idle connection is kept: fewer than servers keep it, so that none is used just as the server closes it."""
 
@@ -108,7 +114,10 @@ def _settle_at_exit() -> None:
 
 
 class ServerConnection:
-    """A server's URL and an API key. May be used from several event loops at once."""
+    """A server's URL and an API key. May be used from several event loops at once.
+
+    After a request without an answer, no connection from before it is used again: the network may have forgotten them.
+    """
 
     def __init__(self, url: str, key: str | None, *, clock: Clock | None = None, attempts: int = ATTEMPTS) -> None:
         parts = urlsplit(url)
@@ -131,10 +140,11 @@ class ServerConnection:
         self.attempts = attempts
         self.outage: Outage | None = None
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        transport = pyqwest.HTTPTransport(
-            connect_timeout=CONNECT_S, pool_idle_timeout=POOL_S, enable_cookie_store=False
-        )
-        self._client = pyqwest.Client(transport)
+        self._pyqwest = pyqwest
+        self._reachability = Reachability()
+        self._client_silences_count = 0
+        self._client = self._new_client()
+        self._pending: dict[asyncio.Timeout, tuple[asyncio.AbstractEventLoop, int]] = {}
         self._network_errors = (
             OSError,
             pyqwest.RemoteProtocolError,
@@ -142,6 +152,39 @@ class ServerConnection:
             pyqwest.WriteError,
             pyqwest.TooManyRedirects,
         )
+
+    def follow(self, outage: Outage) -> None:
+        """Wait for the end of an outage before a request is repeated, and renew the connections after a silence."""
+        self.outage = outage
+        self._reachability = outage.reachability
+        self._reachability.listen(self._end_silent)
+
+    def _new_client(self) -> Any:
+        transport = self._pyqwest.HTTPTransport(
+            connect_timeout=CONNECT_S,
+            pool_idle_timeout=POOL_S,
+            tcp_keepalive_interval=float(KEEPALIVE_IDLE_S),
+            enable_cookie_store=False,
+        )
+        return self._pyqwest.Client(transport)
+
+    def _current_client(self) -> Any:
+        """Return the HTTP client; a new one, with connections of its own, after a silence."""
+        silences_count = self._reachability.silences_count
+        if silences_count != self._client_silences_count:
+            self._client_silences_count, self._client = silences_count, self._new_client()
+        return self._client
+
+    def _end_silent(self) -> None:
+        """End the requests from before a silence after `SILENT_GRACE_S`. Called from any thread."""
+        for deadline, (loop, silences_count) in list(self._pending.items()):
+            if silences_count != self._reachability.silences_count:
+                with suppress(RuntimeError):  # that loop has ended
+                    loop.call_soon_threadsafe(loop.call_later, SILENT_GRACE_S, self._end_request, loop, deadline)
+
+    def _end_request(self, loop: asyncio.AbstractEventLoop, deadline: asyncio.Timeout) -> None:
+        if deadline in self._pending:
+            deadline.reschedule(loop.time())
 
     async def send_once(
         self,
@@ -156,21 +199,30 @@ class ServerConnection:
         is_elsewhere = path.startswith(("http://", "https://"))  # a signed URL: the API key must not be sent there
         target = path if is_elsewhere else self.url + path
         all_headers = dict(headers or {}) if is_elsewhere else {**self._headers, **(headers or {})}
+        client, silences_count = self._current_client(), self._reachability.silences_count
+        deadline = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._client.execute(method, target, headers=all_headers, content=content)
+            async with deadline:
+                self._pending[deadline] = asyncio.get_running_loop(), silences_count
+                response = await client.execute(method, target, headers=all_headers, content=content)
                 return ServerResponse(response.status, _lower_case(response.headers), bytes(response.content), target)
         except TimeoutError as error:
-            raise StoreUnreachable(f"no response from {self.url} within {timeout_s:g} s", url=self.url) from error
+            within = f" within {timeout_s:g} s" if timeout_s is not None else ""
+            unanswered = StoreUnreachable(f"no response from {self.url}{within}", url=self.url)
+            if not is_elsewhere:
+                self._reachability.fell_silent(unanswered, since=silences_count)
+            raise unanswered from error
         except self._network_errors as error:
             raise self._unavailable(error) from error
+        finally:
+            self._pending.pop(deadline, None)
 
     @asynccontextmanager
     async def stream(self, method: str, path: str) -> AsyncGenerator[tuple[ServerResponse, AsyncIterator[bytes]], None]:
         """Send a request and stream the response. Raises `StoreUnavailable`, also while it is read."""
         target = self.url + path
         try:
-            async with self._client.stream(method, target, headers=self._headers) as response:
+            async with self._current_client().stream(method, target, headers=self._headers) as response:
                 head = ServerResponse(response.status, _lower_case(response.headers), b"", target)
                 yield head, self._body_pieces(response)
         except self._network_errors as error:
@@ -178,8 +230,13 @@ class ServerConnection:
 
     async def _body_pieces(self, response: Any) -> AsyncIterator[bytes]:
         try:
-            async for piece in response.content:
+            pieces = aiter(response.content)
+            while True:
+                async with asyncio.timeout(QUIET_S):
+                    piece = await anext(pieces)
                 yield bytes(piece)
+        except StopAsyncIteration:
+            return
         except self._network_errors as error:
             raise self._unavailable(error) from error
 
@@ -208,10 +265,12 @@ class ServerConnection:
             tries += 1
             left -= 1
             wait_s: float | None = None
+            silences_count = self._reachability.silences_count
             try:
                 response = await call()
             except StoreUnavailable as error:
-                self._note(error)
+                if silences_count == self._reachability.silences_count:  # else it shows nothing about new connections
+                    self._note(error)
                 if not left:
                     raise
             else:

@@ -84,7 +84,7 @@ class RemoteStore:
         self._lease_tokens: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._is_open = False
         self._probes_failed_count = 0
-        self.outage = Outage(Reachability(self._probe))
+        self.outage = Outage(Reachability(self._probe, has_connections=True))
 
     async def _probe(self) -> None:
         """Ask the server whether it can reach its store. A proxy may hide that path: then any answer will do."""
@@ -108,7 +108,7 @@ class RemoteStore:
                 url=self.connection.url,
             ) from error
         self._is_open = True
-        self.connection.outage = self.outage
+        self.connection.follow(self.outage)
 
     async def close(self) -> None:
         """Close the store: later operations raise `StoreUnavailable`."""

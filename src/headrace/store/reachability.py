@@ -2,7 +2,8 @@
 
 Rule 1: only results count. An operation that returned shows that the store is reachable; a `StoreUnreachable` shows
 that it is not. A refused request (a conflict, an invalid argument, a full disk) shows neither. Rule 2: each change is
-reported once to every listener, from the thread that noticed it.
+reported once to every listener, from the thread that noticed it. Rule 3: when a request gets no answer at all, the
+connections of that moment are suspects: their owners open new ones, and an error of a suspect shows nothing more.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ class Reachability:
     `HeadraceError` otherwise. Without a probe the store is always reachable, as one in memory is.
     """
 
-    def __init__(self, probe: Callable[[], Awaitable[object]] | None = None) -> None:
+    def __init__(self, probe: Callable[[], Awaitable[object]] | None = None, *, has_connections: bool = False) -> None:
+        """`has_connections`: the store is reached over a network, which may fall silent."""
         self.probe = probe
+        self.has_connections = has_connections
+        self.silences_count = 0
         self.outages_count = 0
         self._answers = threading.Event()
         self._answers.set()
@@ -53,6 +57,18 @@ class Reachability:
         LOG.warning("store.reachable")
         for on_return in listeners:
             on_return()
+
+    def fell_silent(self, error: BaseException, *, since: int) -> None:
+        """Note that a request got no answer. `since`: `silences_count` when its connection was opened.
+
+        Of many requests without an answer on connections of the same time, only the first counts.
+        """
+        with self._lock:
+            if self.silences_count != since:
+                return
+            self.silences_count += 1
+        LOG.warning("store.silent", error=getattr(error, "message", str(error)))
+        self.failed(error)
 
     def failed(self, error: BaseException) -> None:
         """Note that an operation did not reach the store, or got no answer."""

@@ -12,6 +12,7 @@ import ssl
 from typing import Any, Final, NamedTuple, cast
 
 from headrace.foundation.targets import PushTarget
+from headrace.foundation.tcp_keepalive import keep_alive
 from headrace.grpc.transport.asyncio_protocol import Http2Protocol
 from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Budget
@@ -268,6 +269,7 @@ class Channel:
         except (OSError, TimeoutError) as error:
             reason = str(error) or "no answer"
             raise CallNotSent(Code.UNAVAILABLE, f"can't connect to {target.authority}: {reason}") from None
+        keep_alive(made.get_extra_info("socket"))
         tls = made.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             made.abort()

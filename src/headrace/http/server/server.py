@@ -22,8 +22,9 @@ from headrace.foundation.addresses import is_loopback
 from headrace.foundation.connection_table import ConnectionTable
 from headrace.foundation.descriptors import connections_max_of, descriptor_limit
 from headrace.foundation.errors import InvalidSetting
-from headrace.foundation.limits import Limits
+from headrace.foundation.limits import DEFAULT, Limits
 from headrace.foundation.logs import get_logger
+from headrace.foundation.tcp_keepalive import keep_alive
 from headrace.http.requests.service import Service
 from headrace.http.server.app import make_app
 from headrace.http.server.http1_protocol import BoundedProtocol, uvicorn_settings
@@ -214,7 +215,9 @@ async def serving(
     tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[Server, None]:
     """Run a server while the block lasts. `is_shared`: other processes listen on the same port."""
-    server = Server(service, listener(host, port, is_shared=is_shared), grpc=grpc, tls=tls)
+    server = Server(
+        service, listener(host, port, is_shared=is_shared, idle_s=service.limits.http_idle_s), grpc=grpc, tls=tls
+    )
     await server.start()
     try:
         yield server
@@ -222,8 +225,11 @@ async def serving(
         await server.stop()
 
 
-def listener(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """Open a listening socket. Raises `InvalidSetting` if the address does not exist or is in use."""
+def listener(host: str, port: int, *, is_shared: bool = False, idle_s: int = DEFAULT.http_idle_s) -> socket.socket:
+    """Open a listening socket. Its connections end when the peer is gone for about `idle_s`.
+
+    Raises `InvalidSetting` if the address does not exist or is in use.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # The protocol number is required: asyncio disables Nagle's algorithm only for such sockets. With Nagle's
@@ -233,6 +239,7 @@ def listener(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if is_shared:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            keep_alive(listening, idle_s=idle_s, unacknowledged_ms=2 * idle_s * 1_000)  # inherited by connections
             listening.bind(address)
             listening.listen(BACKLOG)
             listening.setblocking(False)

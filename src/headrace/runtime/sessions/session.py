@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from headrace.core.serving import Serving
 from headrace.core.span import LOST, Settlement
-from headrace.foundation.errors import HeadraceError, SessionEnded
+from headrace.foundation.errors import HeadraceError, SessionEnded, StoreUnreachable
 from headrace.foundation.ids import new_session_id, session_name
 from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Clock, SystemClock
@@ -34,6 +34,10 @@ from headrace.store.rpc import parts_of
 
 LOG: Any = get_logger("headrace.broker")
 Update = Settlement | Release
+HEARTBEAT_SHARES = (6, 3, 1)
+"""Shares of `session_timeout_ms` that a heartbeat may take, the first one and those after misses: one sixth leaves time
+for others on new connections, and the last leaves a slow store all of it.
+"""
 
 
 class _PendingEnd(NamedTuple):
@@ -97,6 +101,7 @@ class StoreSession:
         self._last_unwanted: Heartbeat | None = None
         self._heartbeats: threading.Thread | asyncio.Task[None] | None = None
         self._stop_heartbeats = threading.Event()
+        self._missed_count = 0
         self._beat_wake: asyncio.Event | None = None
         self._beat_loop: asyncio.AbstractEventLoop | None = None
 
@@ -264,7 +269,7 @@ class StoreSession:
             return
         at_request = self._known_leases()
         try:
-            reply = await self.engine.store.heartbeat(session_id, now_us=self.engine.clock.now_us())
+            reply = await self._send_heartbeat(session_id)
         except SessionEnded:
             call_owner(self._on_session_lost, session_id)
         except HeadraceError as error:
@@ -273,6 +278,23 @@ class StoreSession:
             if reply.database_us:
                 self.engine.clock.anchor(reply.database_us)
             call_owner(self._reconcile, session_id, at_request, reply)
+
+    async def _send_heartbeat(self, session_id: str) -> Heartbeat:
+        """Send a heartbeat. Raises `StoreUnreachable` if it got no answer while another one can still be in time."""
+        engine, reachability = self.engine, self.engine.outage.reachability
+        share = HEARTBEAT_SHARES[min(self._missed_count, len(HEARTBEAT_SHARES) - 1)]
+        timeout_s = engine.limits.session_timeout_ms / 1_000 / share if reachability.has_connections else None
+        silences_count = reachability.silences_count
+        self._missed_count += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await engine.store.heartbeat(session_id, now_us=engine.clock.now_us())
+        except TimeoutError:
+            error = StoreUnreachable(f"no answer to a heartbeat within {timeout_s:g} s")
+            reachability.fell_silent(error, since=silences_count)
+            raise error from None
+        self._missed_count = 0
+        return reply
 
     def _on_missed(self, session_id: str, error: HeadraceError) -> None:
         LOG.warning("heartbeat.failed", error=str(error), session=session_name(session_id))

@@ -31,6 +31,8 @@ AGAIN_S: Final = (0.1, 0.5, 1.0, 5.0, 15.0)
 """Seconds between attempts to connect; the last one is repeated."""
 STEADY_S: Final = 5.0
 """After a connection that lasted longer, the next attempt is immediate."""
+ANSWER_S: Final = 5.0
+"""Seconds in which the server must answer a statement of the notifier."""
 PROBE_S: Final = 30.0
 """Seconds after which a quiet listener sends itself a notification: a connection can be lost without any error."""
 CLOSE_S: Final = 0.5
@@ -59,6 +61,8 @@ class PostgresNotifier:
         self._received_own = False
         self._own_pid = 0
         self.is_listening = False
+        self._must_probe = False
+        self._connection: PostgresConnection | None = None
 
     def listen(self, kind: str, notify_local: Callable[[], None]) -> None:
         """Call `notify_local` when another process sent the notification `kind`, or may have."""
@@ -113,7 +117,7 @@ class PostgresNotifier:
         while True:
             began_s = loop.time()
             try:
-                connection = await connect(self._address)
+                connection = self._connection = await connect(self._address)
                 try:
                     await self._serve(connection)
                 finally:
@@ -135,11 +139,14 @@ class PostgresNotifier:
             self._retry = None
 
     def _retry_now(self) -> None:
-        """Connect again at once. Called from any thread."""
+        """Connect again at once, or probe the connection: it may be as silent as others were. Called from any
+        thread.
+        """
         retry, loop = self._retry, self._loop
-        if retry is not None and loop is not None:
+        self._must_probe = True
+        if loop is not None:
             with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(retry.set)
+                loop.call_soon_threadsafe((self._wake if retry is None else retry).set)
 
     async def _serve(self, connection: PostgresConnection) -> None:
         """Listen and send until the connection ends."""
@@ -159,6 +166,10 @@ class PostgresNotifier:
                 notify_local()
         while not connection.raw.is_closed():
             self._wake.clear()
+            if self._must_probe and self.is_listening:
+                self._must_probe = False
+                if not await self._receives_own(connection):
+                    return
             words, wait_s = self._ready()
             if words:
                 await self._send(connection, words)
@@ -171,7 +182,8 @@ class PostgresNotifier:
 
     async def _receives_own(self, connection: PostgresConnection) -> bool:
         self._received_own = False
-        await connection.fetch(self._notify, {"channel": self._channel, "words": PROBE})
+        words = {"channel": self._channel, "words": PROBE}
+        await connection.fetch(self._notify, words, timeout_s=ANSWER_S)
         # a server session delivers pending notifications before it reports that a statement is done
         return self._received_own
 
@@ -186,7 +198,8 @@ class PostgresNotifier:
         self._pending.difference_update(words)
         self._sent_s.update(dict.fromkeys(words, now_s))
         try:
-            await connection.fetch(self._notify, {"channel": self._channel, "words": " ".join(words)})
+            values = {"channel": self._channel, "words": " ".join(words)}
+            await connection.fetch(self._notify, values, timeout_s=ANSWER_S)
         except BaseException:
             # send them again on the next connection: a doubled notification is better than a lost one
             self._pending.update(words)

@@ -7,6 +7,9 @@ On a session of its own, a connection prepares each statement once, planned for 
 each statement is sent whole, in one message that the server commits, and is planned for the tables as they are;
 settings are sent with each transaction. The name of a prepared statement is made from its text, so a mistake about the
 pooler can never run another statement.
+
+After a statement or a heartbeat without an answer, no connection from before it is used again: the network may have
+forgotten all of them. Statements in progress on them get `SILENT_GRACE_S` once a new connection works.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 
 from headrace.foundation.errors import StoreUnavailable
+from headrace.foundation.tcp_keepalive import keep_alive
 from headrace.store.postgres.dsn import DatabaseAddress
+from headrace.store.reachability import Reachability
 from headrace.store.statements import numbered, statements
 from headrace.store.transactions.sql_script import Rows
 
@@ -29,6 +34,7 @@ COMMAND_TIMEOUT_S: Final = 60
 CONNECT_TIMEOUT_S: Final = 15
 CLOSE_TIMEOUT_S: Final = 10
 IDLE_S: Final = 300
+SILENT_GRACE_S: Final = 2.0
 PARAMETERS: Final = {"application_name": "headrace"}
 """All parameters at connection start: stock poolers refuse parameters that they don't know."""
 SETTINGS: Final = {
@@ -74,12 +80,13 @@ def prepared(sql: str, names: list[str]) -> Prepared:
 class PostgresConnection:
     """One connection. `is_pooled`: each transaction may use another server session."""
 
-    __slots__ = ("_statements", "idle_since_s", "is_pooled", "raw")
+    __slots__ = ("_statements", "idle_since_s", "is_pooled", "raw", "silences_count")
 
     def __init__(self, raw: Any, *, is_pooled: bool) -> None:
         self.raw = raw
         self.is_pooled = is_pooled
         self.idle_since_s = 0.0
+        self.silences_count = 0
         self._statements: dict[str, Any] = {}
 
     async def fetch(self, statement: Prepared, values: Mapping[str, Any], *, timeout_s: float | None = None) -> Rows:
@@ -126,6 +133,7 @@ async def connect(address: DatabaseAddress) -> PostgresConnection:
         statement_cache_size=0,
         server_settings=PARAMETERS,
     )
+    keep_alive(raw._transport.get_extra_info("socket"))  # noqa: SLF001 - the driver offers no other way to its socket
     try:
         is_pooled = address.pooler == "transaction"
         if address.pooler == "auto":
@@ -141,8 +149,10 @@ async def connect(address: DatabaseAddress) -> PostgresConnection:
 class Pool:
     """The connections of one event loop, opened when needed; the most recently used one is taken first."""
 
-    def __init__(self, address: DatabaseAddress, size: int) -> None:
+    def __init__(self, address: DatabaseAddress, size: int, reachability: Reachability | None = None) -> None:
+        """`reachability`: counts the silences after which connections are not used again."""
         self.address = address
+        self._reachability = reachability or Reachability()
         self._size = size
         self._slots = asyncio.Semaphore(size)
         self._idle: list[PostgresConnection] = []
@@ -176,7 +186,9 @@ class Pool:
                 if self._is_reusable(connection):
                     return connection
                 self._end(connection)
+            silences_count = self._reachability.silences_count
             connection = await connect(self.address)
+            connection.silences_count = silences_count
         except BaseException:
             self._slots.release()
             raise
@@ -199,12 +211,35 @@ class Pool:
         self._slots.release()
 
     def _is_reusable(self, connection: PostgresConnection) -> bool:
-        """True if another operation may use the connection: not if it was opened before a pooler was detected."""
+        """True if another operation may use the connection: not if it was opened before a pooler was detected, or
+        before the network fell silent.
+        """
+        if connection.silences_count != self._reachability.silences_count:
+            return False
         return connection.is_usable and (connection.is_pooled or self.address.pooler != "transaction")
 
     def _end(self, connection: PostgresConnection) -> None:
         self._open.discard(connection)
         connection.raw.terminate()
+
+    def end_silent(self) -> None:
+        """Close the connections from before the last silence: unused ones now, the others after `SILENT_GRACE_S`."""
+        self._idle, idle = [], self._idle
+        for connection in idle:
+            if self._is_reusable(connection):
+                self._idle.append(connection)
+            else:
+                self._end(connection)
+        suspects = [
+            connection for connection in self._open if connection.silences_count != self._reachability.silences_count
+        ]
+        if suspects:
+            asyncio.get_running_loop().call_later(SILENT_GRACE_S, self._end_all, suspects)
+
+    def _end_all(self, connections: list[PostgresConnection]) -> None:
+        for connection in connections:
+            if connection in self._open:
+                self._end(connection)
 
     def forget(self) -> None:
         """Close all idle connections."""

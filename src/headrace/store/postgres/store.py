@@ -94,7 +94,8 @@ class PostgresStore(ScriptedStore):
         self._out_of_order = _Misses(OUT_OF_ORDER)
         self._is_open = False
         self._probes_failed_count = 0
-        self.reachability = Reachability(self._probe)
+        self.reachability = Reachability(self._probe, has_connections=True)
+        self.reachability.listen(self._end_silent)
 
     @property
     def schema(self) -> str:
@@ -375,7 +376,7 @@ class PostgresStore(ScriptedStore):
             except SCHEMA_CHANGED as error:
                 raise await self._version_error(pool, error) from error
             except DRIVER as error:
-                raise self._noted(await self._translated(error)) from error
+                raise self._noted_failure(await self._translated(error), error, connection) from error
             else:
                 self.reachability.succeeded()
                 return answer
@@ -413,6 +414,18 @@ class PostgresStore(ScriptedStore):
         if isinstance(error, StoreUnreachable):
             self.reachability.failed(error)
         return error
+
+    def _noted_failure(
+        self, translated: HeadraceError, error: BaseException, connection: PostgresConnection | None
+    ) -> HeadraceError:
+        """Do the same as `_noted`, with regard to the connection on which an operation failed."""
+        if connection is None:
+            return self._noted(translated)
+        if connection.silences_count != self.reachability.silences_count:
+            return translated  # it shows nothing about the present connections
+        if isinstance(error, TimeoutError):
+            self.reachability.fell_silent(translated, since=connection.silences_count)
+        return self._noted(translated)
 
     async def _version_error(self, pool: Pool, error: BaseException) -> HeadraceError:
         """Explain a statement that does not fit the schema: was it migrated while this process ran?"""
@@ -469,12 +482,18 @@ class PostgresStore(ScriptedStore):
             raise StoreUnavailable("the store is closed")
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            pool = Pool(self.address, CONNECTIONS)
+            pool = Pool(self.address, CONNECTIONS, self.reachability)
             end = self._ended_with(loop, pool)
             self._pools[loop] = pool, end
             await anext(end)
         pool, _ = self._pools[loop]
         return pool
+
+    def _end_silent(self) -> None:
+        """Close the connections of all loops from before a silence. Called from the thread that noticed its end."""
+        for loop, (pool, _) in list(self._pools.items()):
+            with suppress(RuntimeError):  # that loop has ended, and its connections with it
+                loop.call_soon_threadsafe(pool.end_silent)
 
     def _notice_pooler(self) -> None:
         """Treat every connection as one to a pooler from now on."""

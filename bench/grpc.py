@@ -188,7 +188,7 @@ def fill(port: int, count: int, label: str) -> None:
     arguments = field(13, b"\x82\xa4args\x91\xd9\x60" + b"x" * 96 + b"\xa6kwargs\x80")
     fixed = field(2, b"bench") + field(3, b"bench.task") + arguments + field(12, b"app") + b"\x40\x0a"
     with socket.create_connection(("127.0.0.1", port)) as peer:
-        loops = ("POST /v1/activations HTTP/1.1", "host: x", "connection: close", "transfer-encoding: chunked")
+        loops = ("POST /v1/activations HTTP/1.1", "host: localhost", "connection: close", "transfer-encoding: chunked")
         head = "\r\n".join((*loops, "content-type: application/x-protobuf", "", ""))
         peer.sendall(head.encode())
         for start in range(0, count, 1_000):
@@ -380,7 +380,13 @@ def _batch(port: int, count: int) -> None:
         file = peer.makefile("rb")
 
         def request(path: str, body: bytes, kind: str) -> Any:
-            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+            lines = (
+                f"POST {path} HTTP/1.1",
+                "host: localhost",
+                f"content-type: {kind}",
+                f"content-length: {len(body)}",
+            )
+            head = "\r\n".join((*lines, "", ""))
             peer.sendall(head.encode() + body)
             size = 0
             while (line := file.readline().strip()) != b"":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -38,6 +38,8 @@ VERIFY_BLOCKS: Final = 256
 LISTED_ROWS: Final = 64
 """Batches that are read at a time: their metadata may be large."""
 NOTHING: Final = (b"", 0)
+FinalRun: TypeAlias = tuple[int, int, int, int]
+"""A run with an outcome: its index, block id, block offset and state. A plain tuple, since each costs a reader time."""
 _decode_serving: Final = msgspec.json.Decoder(Serving).decode
 
 
@@ -111,7 +113,7 @@ def outcomes(
     )
     nearest, sizes = _nearest(blocks, from_index, runs_max, blocks_max)
     states, results_bytes = yield from _states(sizes)
-    final: list[_FinalRun] = []
+    final: list[FinalRun] = []
     expected_index = from_index
     for index, block_id, block_offset in nearest:
         state = states[block_id][block_offset]
@@ -120,13 +122,13 @@ def outcomes(
             continue
         if (is_gap and not passing) or state not in runs_core.FINAL:
             break
-        final.append(_FinalRun(index, block_id, block_offset, state))
+        final.append((index, block_id, block_offset, state))
         expected_index = index + 1
     if results_bytes > bytes_max:
         final, part_ids = yield from _first_final(final, bytes_max)
         rows = yield from fetch("parts_by_id", ids=as_json(part_ids))
     else:
-        rows = yield from fetch("parts_of_blocks", ids=as_json(sorted({place.block_id for place in final})))
+        rows = yield from fetch("parts_of_blocks", ids=as_json(sorted({block_id for _, block_id, _, _ in final})))
     results = _results(rows)
     page = [
         RunOutcome(index=index, state=state, result=result[0], kind=result[1])
@@ -138,21 +140,12 @@ def outcomes(
     return page
 
 
-class _FinalRun(NamedTuple):
-    """A run with an outcome, and its place in the blocks."""
-
-    run_index: int
-    block_id: int
-    block_offset: int
-    state: int
-
-
-def _first_final(final: Sequence[_FinalRun], bytes_max: int) -> Script[tuple[list[_FinalRun], list[int]]]:
+def _first_final(final: Sequence[FinalRun], bytes_max: int) -> Script[tuple[list[FinalRun], list[int]]]:
     """Return the first of some runs, whose parts have at most `bytes_max` of results or are one, with these parts.
 
     Parts are chosen by their sizes, so that no result is read in vain.
     """
-    shapes = yield from _part_shapes(sorted({place.block_id for place in final}))
+    shapes = yield from _part_shapes(sorted({block_id for _, block_id, _, _ in final}))
     part_of_run = {
         (shape.block_id, block_offset): shape
         for shape in shapes
@@ -161,8 +154,8 @@ def _first_final(final: Sequence[_FinalRun], bytes_max: int) -> Script[tuple[lis
     }
     part_ids: set[int] = set()
     held_bytes = 0
-    for number, place in enumerate(final):
-        shape = part_of_run.get((place.block_id, place.block_offset)) if place.state in WITH_RESULT else None
+    for number, (_, block_id, block_offset, state) in enumerate(final):
+        shape = part_of_run.get((block_id, block_offset)) if state in WITH_RESULT else None
         if shape is None or shape.id in part_ids:
             continue
         held_bytes += shape.results_bytes

@@ -193,6 +193,7 @@ async def _drain(db: Any) -> int:
             queues=None,
             queue_prefix="",
             runs_max=CHUNK_RUNS * CHUNKS_A_COMMIT,
+            bytes_max=16 * 1024 * 1024,
             rows_max=CHUNKS_A_COMMIT + 2,
             marks="{}",
             due_us=1,
@@ -201,7 +202,7 @@ async def _drain(db: Any) -> int:
             span_id=0,
             clock_step=64,
         )
-        leases = [(row[1], row[22], run(row[31])) for row in rows if row[1] is not None]
+        leases = [(row[2], row[23], run(row[32])) for row in rows if row[2] is not None]
         if not leases:
             return settled_count
         settled_count += await _settle(db, leases)

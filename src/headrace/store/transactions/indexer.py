@@ -198,7 +198,7 @@ def enqueue(plan: EntityPlan, batch_id: str, chunks: Sequence[Chunk], runs_max: 
     if appended.accepted_count:
         yield from append.seal(batch_id, None, now_us)
     else:
-        yield from fetch("delete_batch", batch_id=batch_id)
+        yield from fetch("delete_batches", ids=as_json([batch_id]))
 
 
 def move_floor(commit: Commit, floor_no: int) -> Script[None]:

@@ -189,9 +189,6 @@ DELETE FROM {schema}.cancellation WHERE batch_id = ANY ({text_array(:ids)});
 -- delete_batches: delete some batches, as the last step
 DELETE FROM {schema}.batch WHERE id = ANY ({text_array(:ids)});
 
--- delete_batch: delete a batch that turned out to be empty
-DELETE FROM {schema}.batch WHERE id = :batch_id;
-
 -- delete_sessions: delete sessions that ended long ago and own no unfinished stream
 DELETE FROM {schema}.session WHERE ended_us > 0 AND ended_us < :before_us
 AND NOT EXISTS (SELECT 1 FROM {schema}.span WHERE {leased(span.)} AND span.session_id = session.id LIMIT 1)

@@ -195,9 +195,6 @@ DELETE FROM headrace_cancellation WHERE batch_id IN (SELECT value FROM json_each
 -- delete_batches: delete some batches, as the last step
 DELETE FROM headrace_batch WHERE id IN (SELECT value FROM json_each(:ids));
 
--- delete_batch: delete a batch that turned out to be empty
-DELETE FROM headrace_batch WHERE id = :batch_id;
-
 -- delete_sessions: delete sessions that ended long ago and own no unfinished stream
 DELETE FROM headrace_session AS session WHERE ended_us > 0 AND ended_us < :before_us
 AND NOT EXISTS (SELECT 1 FROM headrace_span AS span WHERE span.session_id = session.id AND span.state = 'leased')

@@ -12,9 +12,9 @@ from typing import Final
 PEER_SHARE: Final = 2
 """All connections of one address may hold one in `PEER_SHARE` of the bytes."""
 CONNECTION_SHARE: Final = 4
-TURN_S: Final = 0.005
+TURN_S: Final = 0.002
 """Processor time that all connections of one address may use before the event loop serves the others."""
-SERVER_TURN_S: Final = 0.02
+SERVER_TURN_S: Final = 0.008
 """Processor time that all connections together may use before the event loop does its other work. Each connection may
 always process one step.
 """

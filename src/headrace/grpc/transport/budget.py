@@ -33,7 +33,7 @@ class Budget:
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
         self.held_bytes = 0
-        self.peers: dict[str, int] = {}
+        self.peers: dict[str, PeerShare] = {}
         self._turn_s = 0.0
         self._peer_turns_s: dict[str, float] = {}
         self._distrusted_s: dict[str, float] = {}
@@ -65,13 +65,23 @@ class Budget:
         return distrusted_s is not None and now_s - distrusted_s < DISTRUST_S
 
 
+class PeerShare:
+    """Bytes held by all connections of one address."""
+
+    __slots__ = ("connections_count", "held_bytes")
+
+    def __init__(self) -> None:
+        self.connections_count = 0
+        self.held_bytes = 0
+
+
 class Allotment:
     """The share of one connection. `peer` is its address, without the port; "" while it is unknown.
 
     Shares are never less than one message of `message_bytes_max`.
     """
 
-    __slots__ = ("budget", "bytes_max", "held_bytes", "peer", "peer_bytes_max")
+    __slots__ = ("_share", "budget", "bytes_max", "held_bytes", "peer", "peer_bytes_max")
 
     def __init__(self, budget: Budget, message_bytes_max: int) -> None:
         self.budget = budget
@@ -79,18 +89,33 @@ class Allotment:
         self.peer_bytes_max = max(budget.bytes_max // PEER_SHARE, message_bytes_max)
         self.held_bytes = 0
         self.peer = ""
+        self._share = PeerShare()
 
-    def hold(self, bytes_count: int) -> None:
-        """Count bytes that are held from now on; a negative number for released ones."""
+    def join(self, peer: str) -> None:
+        """Count this connection to an address. Call it before anything is held."""
+        self.peer = peer
+        self._share = self.budget.peers.setdefault(peer, PeerShare())
+        self._share.connections_count += 1
+
+    def leave(self) -> None:
+        """Forget the address, once nothing is held any more."""
+        if self.peer:
+            self._share.connections_count -= 1
+            if not self._share.connections_count:
+                del self.budget.peers[self.peer]
+            self.peer = ""
+
+    def hold(self, bytes_count: int) -> bool:
+        """Count bytes that are held from now on; a negative number for released ones. True if a bound is exceeded."""
+        budget, share = self.budget, self._share
         self.held_bytes += bytes_count
-        budget, peer = self.budget, self.peer
+        share.held_bytes += bytes_count
         budget.held_bytes += bytes_count
-        if peer:
-            held = budget.peers.get(peer, 0) + bytes_count
-            if held:
-                budget.peers[peer] = held
-            else:
-                budget.peers.pop(peer, None)
+        return (
+            self.held_bytes > self.bytes_max
+            or share.held_bytes > self.peer_bytes_max
+            or budget.held_bytes > budget.bytes_max
+        )
 
     @property
     def left_bytes(self) -> int:
@@ -98,7 +123,7 @@ class Allotment:
         budget = self.budget
         return min(
             budget.bytes_max - budget.held_bytes,
-            self.peer_bytes_max - budget.peers.get(self.peer, 0),
+            self.peer_bytes_max - self._share.held_bytes,
             self.bytes_max - self.held_bytes,
         )
 
@@ -108,7 +133,7 @@ class Allotment:
         budget = self.budget
         if budget.held_bytes > budget.bytes_max:
             return f"all calls together hold more than {budget.bytes_max} bytes of messages"
-        if budget.peers.get(self.peer, 0) > self.peer_bytes_max:
+        if self._share.held_bytes > self.peer_bytes_max:
             return f"the calls of this address hold more than {self.peer_bytes_max} bytes of messages"
         if self.held_bytes > self.bytes_max:
             return f"the calls of this connection hold more than {self.bytes_max} bytes of messages"

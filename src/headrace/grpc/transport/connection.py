@@ -238,20 +238,21 @@ class Http2Connection(Sender):
 
     def _add_to_message(self, stream: CallStream, payload: bytes) -> bool:
         """Add to a stream's message. Returns False if that ended the stream."""
-        self.allotment.hold(len(payload))
+        is_exceeded = self.allotment.hold(len(payload))
         if not stream.body:
             stream.body = payload
         elif isinstance(stream.body, bytearray):
             stream.body += payload
         else:
             stream.body = bytearray(stream.body) + payload
-        if excess := self.allotment.excess:
-            return self._refuse(stream, Code.RESOURCE_EXHAUSTED, f"{excess}; retry later")
+        if is_exceeded:
+            return self._refuse(stream, Code.RESOURCE_EXHAUSTED, f"{self.allotment.excess}; retry later")
         held = len(stream.body)
         if stream.expected < 0 and held >= PREFIX_BYTES:
             stream.expected = int.from_bytes(stream.body[1:PREFIX_BYTES], "big")
-            bytes_max = self.bounds.of_message(stream.headers)
-            if stream.expected > bytes_max:
+            if stream.expected > self.bounds.free_bytes and stream.expected > (
+                bytes_max := self.bounds.of_message(stream.headers)
+            ):
                 reason = f"expected a message of at most {bytes_max} bytes, got {stream.expected}"
                 return self._refuse(stream, Code.RESOURCE_EXHAUSTED, reason)
         if stream.expected >= 0 and held > PREFIX_BYTES + stream.expected:

@@ -77,22 +77,22 @@ class CallStream:
 
 
 class RecentIds:
-    """The most recent ids that were added, at most `RECENT_IDS` of them."""
+    """The most recent ids that were added, at least `RECENT_IDS` of them and at most twice as many."""
 
-    __slots__ = ("_ids",)
+    __slots__ = ("_before", "_ids")
 
     def __init__(self) -> None:
-        self._ids: dict[int, None] = {}
+        self._ids: set[int] = set()
+        self._before: set[int] = set()
 
     def add(self, stream_id: int) -> None:
-        """Add an id, in place of the oldest one."""
-        ids = self._ids
-        ids[stream_id] = None
-        if len(ids) > RECENT_IDS:
-            del ids[next(iter(ids))]
+        """Add an id, and forget the oldest ones."""
+        self._ids.add(stream_id)
+        if len(self._ids) == RECENT_IDS:
+            self._ids, self._before = set(), self._ids
 
     def __contains__(self, stream_id: int) -> bool:
-        return stream_id in self._ids
+        return stream_id in self._ids or stream_id in self._before
 
 
 class Sender:
@@ -135,7 +135,9 @@ class Sender:
 
     def credit_call(self) -> None:
         """Pay for the control frames of a call that reached its handler."""
-        self._allowance = min(ALLOWANCE_MAX, self._allowance + ALLOWANCE_PER_CALL)
+        self._allowance += ALLOWANCE_PER_CALL
+        if self._allowance > ALLOWANCE_MAX:
+            self._allowance = ALLOWANCE_MAX
 
     def distrust(self, *, now_us: int) -> None:
         """Start with a small allowance: an earlier connection of this address used up its own."""
@@ -165,7 +167,9 @@ class Sender:
         self.sent_bytes += size
         word = stream_id.to_bytes(4, "big")
         parts = (_ANSWER_HEAD, word, _ANSWER, size.to_bytes(3, "big"), b"\x00\x00", word)
-        self._write(b"".join((*parts, b"\x00", len(message).to_bytes(4, "big"), message, _DONE_HEAD, word, _DONE)))
+        data = b"".join((*parts, b"\x00", len(message).to_bytes(4, "big"), message, _DONE_HEAD, word, _DONE))
+        self._out.append(data)
+        self.out_bytes += len(data)
         self._remove_stream(stream)
 
     def send_message(self, stream_id: int, message: bytes) -> None:
@@ -302,7 +306,11 @@ class Sender:
     def _remove_stream(self, stream: CallStream) -> None:
         self._streams.pop(stream.id, None)
         (self._ended_by_peer if stream.is_received else self._ended_here).add(stream.id)
-        self._queued.pop(stream.id, None)
-        unsent = sum(map(len, stream.queue))
-        self.pending_bytes -= unsent
-        self.allotment.hold(-len(stream.body) - unsent)
+        held = len(stream.body)
+        if self._queued:
+            self._queued.pop(stream.id, None)
+            unsent = sum(map(len, stream.queue))
+            self.pending_bytes -= unsent
+            held += unsent
+        if held:
+            self.allotment.hold(-held)

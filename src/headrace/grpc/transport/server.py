@@ -80,7 +80,9 @@ class GrpcServer:
         self.secrets = Secrets() if secrets is None else secrets
         self.gate: Gate = SignatureGate(has_secrets=bool(self.secrets)) if gate is None else gate
         self.budget = Budget(limits.grpc_buffer_bytes_max)
-        self.bounds = Bounds(limits.grpc_message_bytes_max, limits.grpc_calls_max, self.message_bytes_max)
+        self.bounds = Bounds(
+            limits.grpc_message_bytes_max, limits.grpc_calls_max, self.message_bytes_max, self._free_bytes()
+        )
         self.observe: Observe = observe or _unobserved
         self.connections: set[ServerProtocol] = set()
         self._is_turn_timed = False
@@ -95,6 +97,16 @@ class GrpcServer:
     def _begin_turn(self) -> None:
         self._is_turn_timed = False
         self.budget.begin_turn()
+
+    def _free_bytes(self) -> int:
+        """Return the size of message that every caller may send to every method."""
+        declared = [
+            bytes_max
+            for method in self.methods.values()
+            for bytes_max in (method.access.body_bytes_max, method.access.unauthenticated_bytes_max)
+            if bytes_max is not None
+        ]
+        return min([SMALL_BYTES_MAX, self.limits.grpc_message_bytes_max, *declared])
 
     def message_bytes_max(self, headers: Headers) -> int:
         """Return the bound of a message, before it is read."""
@@ -178,7 +190,8 @@ class ServerProtocol(Http2Protocol):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self._peer = f"{peer[0]}:{peer[1]}"
-            address = self._http2.allotment.peer = network_of(peer[0])
+            address = network_of(peer[0])
+            self._http2.allotment.join(address)
             if self._server.budget.is_distrusted(address, self._loop.time()):
                 self._http2.distrust(now_us=int(self._loop.time() * 1e6))
         self._server.connections.add(self)
@@ -198,6 +211,7 @@ class ServerProtocol(Http2Protocol):
         self._http2.close()
         self._waiting_calls.clear()
         self._cancel_all()
+        self._http2.allotment.leave()
 
     def data_received(self, data: bytes) -> None:
         """Process received frames, until the turn of this connection is over."""
@@ -215,7 +229,10 @@ class ServerProtocol(Http2Protocol):
         while http2.has_more and not self._is_blocked and (not self._has_stepped or server.budget.has_time(peer)):
             self._has_stepped = True
             for event in http2.step(now_us=now_us):
-                self._on_event(event, now_s)
+                if type(event) is RequestReceived and not (self._is_paused or http2.pending_bytes > PENDING_BYTES_MAX):
+                    self._start_call(event, now_s)
+                else:
+                    self._on_event(event, now_s)
             ended_s = perf_counter()
             server.use_time(peer, ended_s - began_s, self._loop)
             began_s = ended_s
@@ -225,11 +242,9 @@ class ServerProtocol(Http2Protocol):
         self._schedule_flush()
 
     def _on_event(self, event: Event, now_s: float) -> None:
+        """Process an event of a step: a call that must wait, or the end of one."""
         if type(event) is RequestReceived:
-            if self._is_full:
-                self._waiting_calls.append((event, now_s))
-            else:
-                self._start_call(event, now_s)
+            self._waiting_calls.append((event, now_s))
         elif type(event) is StreamReset:
             self._cancel_reset_call(event.stream_id)
         elif type(event) is ConnectionFailed:
@@ -446,7 +461,8 @@ class ServerProtocol(Http2Protocol):
         self._running.pop(stream_id, None)
         if running.timer is not None:
             running.timer.cancel()
-        self._http2.allotment.hold(-running.held_bytes)
+        if running.held_bytes:
+            self._http2.allotment.hold(-running.held_bytes)
         self._http2.handler_ended(stream_id)
         code = running.code if running.code is not None else code
         self._server.observe(running.path, code, perf_counter() - running.began_s)

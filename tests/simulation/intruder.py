@@ -15,7 +15,7 @@ from headrace.store.memory import MemoryStore
 from headrace.store.protocol import Heartbeat, SessionOwner
 from tests.simulation.invariant_monitor import result_of
 
-REQUESTS_BETWEEN: Final = 5
+REQUESTS_BETWEEN: Final = 25
 OWNERS: Final = (SessionOwner("intruder", ""), SessionOwner("default", "key_intruder"))
 REFUSED: Final = (None, Heartbeat(leases=[], stopped=[], cancelled=[]))
 """Answers that tell nothing: the end of a session answers like a repeat, and a session of others has no runs."""
@@ -25,7 +25,7 @@ Forged = tuple[Sequence[Any], dict[str, Any]]
 
 
 class Intruder:
-    """Forges a copy of every fifth request of other processes. `on_fault` gets what succeeded."""
+    """Forges copies of one request in 25 of other processes. `on_fault` gets what succeeded."""
 
     def __init__(self, store: MemoryStore, on_fault: Callable[[str], None]) -> None:
         self._store = store

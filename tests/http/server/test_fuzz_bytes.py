@@ -27,7 +27,7 @@ from tests.support.http_server import AUTH, KEY, LIMITS, HttpPeer, running_serve
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 KEY_LINE = f"authorization: Bearer {KEY}\r\n".encode()
-SHORT_S = 0.2
+SHORT_S = 0.03
 """Time in which a server answers or not: a peer that owes it bytes gets no answer."""
 
 

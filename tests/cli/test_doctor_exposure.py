@@ -84,7 +84,9 @@ def test_a_server_without_authentication_on_a_public_address_fails(
 ) -> None:
     with served(shell, "--no-auth") as port:
         monkeypatch.setenv("HEADRACE_PORT", port)
-        assert check_of(shell, "exposure")["ok"], "it listens on a loopback address"
+        check = check_of(shell, "exposure")
+        assert check["ok"], "it listens on a loopback address"
+        assert "every program of this machine has access" in check["detail"]
         monkeypatch.setenv("HEADRACE_HOST", EVERYWHERE)
         check = check_of(shell, "exposure")
         assert not check["ok"]

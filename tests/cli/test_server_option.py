@@ -110,3 +110,15 @@ def test_doctor_checks_what_a_client_can_see_of_a_server(shell: Shell, served: t
     checks = shell("doctor", "--server", url, "--json").json["checks"]
     assert [check["check"] for check in checks] == ["store", "version", "exposure", "workers", "batches"]
     assert all(check["ok"] for check in checks), checks
+
+
+def test_a_schedule_is_run_now_over_a_server(shell: Shell, served: tuple[str, str]) -> None:
+    url, _ = served
+    shell.write(
+        "scheduled.py",
+        "from headrace import Headrace\n\napp = Headrace('tests')\n\n\n"
+        "@app.schedule(every_s=3_600)\n@app.task\nasync def hourly() -> None: ...\n",
+    )
+    ran = shell("schedule", "run", "scheduled.py:app", "hourly", "--server", url, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    assert shell("run", "show", ran.json["run"], "--server", url, "--json").json["task"] == "hourly"

@@ -57,6 +57,14 @@ async def exposure(engine: Engine, settings: Settings) -> str:
             problems.append(
                 UnsafeSetting(f"the key is sent to {host} without TLS", "use an https:// URL", is_certain=False),
             )
+    elif unkeyed := [path for path in open_paths or () if path != "/metrics"]:
+        problems.append(
+            UnsafeSetting(
+                f"{base} answers {unkeyed[0]} without a key: every program of this machine has access",
+                "serve without --no-auth, and create a key: headrace key create",
+                is_certain=False,
+            )
+        )
     if problems:
         problems.sort(key=lambda problem: not problem.is_certain)
         kind = CheckFailed if problems[0].is_certain else CheckNoted

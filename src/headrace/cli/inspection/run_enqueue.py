@@ -71,21 +71,20 @@ def enqueue(
         tags=tuple(tag or ()),
     )
 
-    async def store_it() -> tuple[RunView, bool, list[StalledLane]]:
+    async def store_it() -> tuple[RunView, bool]:
         async with opened(settings) as engine:
             batch_id, index, is_new = await _stored(engine, spec, payload, options)
-            return await _view(engine, batch_id, index, wait=wait), is_new, await _stalled(engine, spec.key)
+            for lane in await _stalled(engine, spec.key):
+                note(f"warning: no live worker takes it: {lane.reason}; {lane.hint}")
+            return await _view(engine, batch_id, index, wait=wait), is_new
 
-    view, is_new, stalled = run_async(store_it())
+    view, is_new = run_async(store_it())
     if json:
         say_json({"new": is_new, "run": view})
     elif wait:
         show_view(view)
     else:
         say(f"{view.id} is enqueued" if is_new else f"{view.id} has this idempotency key already; nothing was enqueued")
-    if not wait and not json:
-        for lane in stalled:
-            note(f"warning: no live worker takes it: {lane.reason}; {lane.hint}")
     if wait and view.state != "completed":
         raise typer.Exit(RUNS_FAILED)
 

@@ -84,6 +84,7 @@ class StoreSession:
         self.on_unwanted: Callable[[Heartbeat], None] = lambda _reply: None
         self.on_ended: Callable[[], None] = lambda: None
         self.on_recorded: Callable[[int], None] = lambda _runs_count: None
+        self.on_results_written: Callable[[int], None] = lambda _bytes_count: None
         self._claim_no = 0
         self._slots = slots
         self._serves = serves
@@ -445,6 +446,8 @@ class StoreSession:
 
     def _on_written(self, update: Update) -> None:
         """Free the slot of a lease whose last update is durable or was refused."""
+        if isinstance(update, Settlement):
+            self.on_results_written(len(update.results))
         name = (update.span_id, update.token)
         if self._releasing.get(name) is update:
             del self._releasing[name]

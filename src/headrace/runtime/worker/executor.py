@@ -48,6 +48,7 @@ from headrace.runtime.worker.run_driver import (
     continue_coroutine,
 )
 from headrace.runtime.worker.slots import THREADS_MAX, Slots
+from headrace.runtime.worker.unwritten_results import LARGE_BYTES, UnwrittenResults
 
 LOG: Any = get_logger("headrace.executor")
 SLICE_S: Final = 0.002
@@ -87,6 +88,7 @@ class Executor:
         inline_sync: bool = False,
         deadline: Callable[[int], None] | None = None,
         threads: ThreadExecutor | None = None,
+        unwritten: UnwrittenResults | None = None,
     ) -> None:
         """`deadline` gets the time by which the current inline run must end, in microseconds of the monotonic clock.
         `threads`: where plain functions run; by default in a pool of `concurrency` threads.
@@ -98,8 +100,8 @@ class Executor:
         self.ended_count = 0
         self._clock = clock
         self._offload = offload
-        self._inline_bytes_max = limits.inline_bytes_max
-        self._outcomes = OutcomeRecorder(clock=clock, offload=offload, limits=limits)
+        self._small_bytes_max = min(limits.inline_bytes_max, LARGE_BYTES)
+        self._outcomes = OutcomeRecorder(clock=clock, offload=offload, limits=limits, unwritten=unwritten)
         self._hooks = hooks
         self._inline_sync = inline_sync
         self._deadline = deadline
@@ -381,7 +383,7 @@ class Executor:
         This is the hot path: nothing per run except what the run needs (R15, long-lived runners).
         """
         function, decode, plain_types, validate, checks_values, check_values = plan
-        encode, inline_max = self._outcomes.encode, self._inline_bytes_max
+        encode, small_max = self._outcomes.encode, self._small_bytes_max
         span_slots, marks, payloads = active.span_slots, active.marks, active.lease.payloads
         copy_variables, runner.active = runner.variables.copy, active
         first = lease_offset = active.cursor
@@ -412,7 +414,7 @@ class Executor:
                             check_values(value, result)
                 except Exception:  # noqa: BLE001 - encoded again, the slow way, it says why
                     result = b""
-                if result and len(result) < inline_max:
+                if result and len(result) < small_max:
                     active.codes[lease_offset] = run.COMPLETED
                     active.results[lease_offset] = result
                     marks[span_slot] = ENDED

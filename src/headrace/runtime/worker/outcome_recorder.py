@@ -23,6 +23,7 @@ from headrace.runtime.tasks.exception_info import describe, error_line
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.tasks.value_checks import ResultCodec, ValueRefused
 from headrace.runtime.worker.failure_log import FailureLog
+from headrace.runtime.worker.unwritten_results import LARGE_BYTES, UnwrittenResults
 
 
 class PayloadAccess(Protocol):
@@ -38,10 +39,14 @@ class PayloadAccess(Protocol):
 class OutcomeRecorder:
     """Writes the outcomes of runs into their leases, for one executor."""
 
-    def __init__(self, *, clock: Clock, offload: PayloadAccess, limits: Limits) -> None:
+    def __init__(
+        self, *, clock: Clock, offload: PayloadAccess, limits: Limits, unwritten: UnwrittenResults | None
+    ) -> None:
+        """`unwritten`: counts large results that are not written yet; None for no bound."""
         self.encode = msgspec.json.Encoder().encode
         self._clock = clock
         self._offload = offload
+        self._unwritten = unwritten
         self._inline_bytes_max = limits.inline_bytes_max
         self._error_chars_max = limits.error_chars_max
         self.failure_log = FailureLog(clock)
@@ -51,7 +56,7 @@ class OutcomeRecorder:
         self, active: ActiveLease, lease_offset: int, value: Any, results: ResultCodec
     ) -> Awaitable[None] | None:
         """Complete a run with the value that its task returned. Returns an awaitable if a large result is still to be
-        stored. A value that is not what the task is annotated to return fails the run.
+        stored, or waits until others are written. A value that does not fit the task's annotation fails the run.
         """
         try:
             result = self.encode(value)
@@ -82,6 +87,8 @@ class OutcomeRecorder:
         if len(result) >= self._inline_bytes_max:
             return self._store_result(active, lease_offset, result)
         active.end(lease_offset, run.COMPLETED, result)
+        if self._unwritten is not None and len(result) >= LARGE_BYTES:
+            return self._unwritten.hold(len(result))
         return None
 
     async def _store_result(self, active: ActiveLease, lease_offset: int, result: bytes) -> None:

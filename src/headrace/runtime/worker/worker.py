@@ -30,6 +30,7 @@ from headrace.runtime.worker.executor import Executor, ExecutorCallbacks
 from headrace.runtime.worker.loop_watch import LoopWatch
 from headrace.runtime.worker.process_pool import ProcessPool
 from headrace.runtime.worker.run_driver import CANCELLED, STOPPED
+from headrace.runtime.worker.unwritten_results import UnwrittenResults
 from headrace.store.protocol import Heartbeat, Release
 
 LOG: Any = get_logger("headrace.worker")
@@ -82,8 +83,7 @@ class Worker:
         )
         self.upkeep = Upkeep(engine, lambda: self.session.session_id)
         self._scheduler = Scheduler(engine, registry) if schedules and registry.schedules else None
-        self._registry = registry
-        self._queues = queues
+        self._registry, self._queues, self._unwritten = registry, queues, UnwrittenResults(engine.clock)
         hooks = ExecutorCallbacks(self._on_finished, self._on_unsettled, self._wants_runs_now)
         self._executor = Executor(
             registry,
@@ -94,6 +94,7 @@ class Worker:
             hooks=hooks,
             inline_sync=inline_sync,
             threads=threads,
+            unwritten=self._unwritten,
         )
         self._pooled_tasks = (
             set()
@@ -123,7 +124,7 @@ class Worker:
         self._ending: asyncio.Task[None] | None = None
         self._renewing = asyncio.Lock()
         self.session.on_unwanted = self._on_cancelled
-        self.session.on_ended = self._session_lost
+        self.session.on_ended, self.session.on_results_written = self._session_lost, self._unwritten.release
 
     @property
     def stats(self) -> WorkerStats:
@@ -273,6 +274,7 @@ class Worker:
                     self._pool.rename_marks()
 
     def _session_lost(self) -> None:
+        self._unwritten.clear()
         self._finished.clear()
         self._unsettled.clear()
         self._executor.take_unbegun()

@@ -287,18 +287,26 @@ class ServerProtocol(Http2Protocol):
                 self._run_admitted(stream_id, running, method, request_message, call)
             )
             return
+        result = self._call_handler(stream_id, running, method, request_message, call)
+        if result is not None:
+            self._arm(stream_id, running, deadline_s)
+            self._await_result(stream_id, running, method, result)
+
+    def _call_handler(
+        self, stream_id: int, running: RunningCall, method: Method, message: Message, call: CallContext
+    ) -> Any:
+        """Call the handler of an admitted call. Return a result that must be awaited, or None if the call has ended."""
         self._http2.credit_call()
         try:
-            result = method.handler(request_message, call)
+            result = method.handler(message, call)
         except Exception as error:  # noqa: BLE001 - each is an answer
             self._finish_call(stream_id, running, self._end_failed(stream_id, method, error))
-            return
+            return None
         if result is None or isinstance(result, (bytes, Message)):
             self._http2.send_response(stream_id, _encode(result))
             self._finish_call(stream_id, running, Code.OK)
-            return
-        self._arm(stream_id, running, deadline_s)
-        self._await_result(stream_id, running, method, result)
+            return None
+        return result
 
     def _refuse_call(self, stream_id: int, running: RunningCall, method: Method | None, error: Exception) -> None:
         """End a call that reaches no handler, and charge its peer."""
@@ -323,16 +331,8 @@ class ServerProtocol(Http2Protocol):
         except Exception as error:  # noqa: BLE001 - each is an answer
             self._refuse_call(stream_id, running, method, error)
             return
-        self._http2.credit_call()
-        try:
-            result = method.handler(message, call)
-        except Exception as error:  # noqa: BLE001 - each is an answer
-            self._finish_call(stream_id, running, self._end_failed(stream_id, method, error))
-            return
-        if result is None or isinstance(result, (bytes, Message)):
-            self._http2.send_response(stream_id, _encode(result))
-            self._finish_call(stream_id, running, Code.OK)
-        else:
+        result = self._call_handler(stream_id, running, method, message, call)
+        if result is not None:
             self._await_result(stream_id, running, method, result)
 
     def _await_result(self, stream_id: int, running: RunningCall, method: Method, result: Any) -> None:

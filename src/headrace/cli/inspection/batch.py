@@ -8,6 +8,7 @@ import typer
 
 from headrace.cli.inspection.batch_lookup import find_batch
 from headrace.cli.invocation.opening import (
+    RUNS_FAILED,
     JsonOption,
     ServerOption,
     StoreOption,
@@ -27,7 +28,6 @@ app = typer.Typer(
 )
 
 RANGES_MAX: Final = 1_000
-RUNS_FAILED: Final = 3
 BatchArgument = Annotated[
     str, typer.Argument(metavar="BATCH", help="The batch's id, its key, or the --batch-key of its map.")
 ]

@@ -9,6 +9,7 @@ import typer
 
 from headrace.cli.inspection.run import seconds_of, show_view
 from headrace.cli.invocation.opening import (
+    RUNS_FAILED,
     JsonOption,
     ServerOption,
     StoreOption,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from headrace.runtime.tasks.task_spec import TaskSpec
     from headrace.views import RunView
 
-RUNS_FAILED: Final = 3
 STDIN: Final = "-"
 
 
@@ -126,19 +126,11 @@ def _payload_of(item: str, spec: TaskSpec) -> bytes:
 
 async def _stored(engine: Engine, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int, bool]:
     """Store a run; return `(batch_id, index, is_new)`."""
-    from headrace.core import pack
-    from headrace.foundation.errors import InvalidInput
     from headrace.runtime.producing.producer import Producer
-    from headrace.runtime.tasks.call_options import extra_of, key_of
 
-    bytes_max, now_us = engine.limits.item_bytes_max, engine.clock.now_us()
-    if len(payload) > bytes_max:
-        raise InvalidInput(f"expected an item of at most {bytes_max:,} bytes (item_bytes_max), got {len(payload):,}")
     producer = Producer(engine)
     try:
-        return await producer.put_new(
-            key_of(spec, options, now_us), payload, pack.JSON, extra_of(options, engine.limits, now_us)
-        )
+        return await producer.enqueue_new(spec, payload, options)
     finally:
         await producer.close()
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import typer
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from headrace.runtime.engine import Engine
 
 T = TypeVar("T")
+RUNS_FAILED: Final = 3
+"""Exit code of commands that wait for runs, if some did not complete."""
 
 
 StoreOption: TypeAlias = Annotated[

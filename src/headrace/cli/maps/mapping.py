@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from headrace.app import Headrace
-from headrace.cli.invocation.opening import shown_store
+from headrace.cli.invocation.opening import RUNS_FAILED, shown_store
 from headrace.cli.invocation.printing import counted, duration, note, note_json, say_json
 from headrace.cli.invocation.progress import ProgressState, display
 from headrace.cli.invocation.signals import Signals
@@ -44,7 +44,6 @@ LINGER_S: Final = 0.05
 LOOK_S: Final = 0.25
 SHOW_S: Final = 0.25
 INTERRUPTED: Final = 130
-RUNS_FAILED: Final = 3
 
 
 class Summary(msgspec.Struct, kw_only=True):

@@ -63,10 +63,15 @@ class Producer:
 
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
         """Make one run durable; return `(batch_id, index)`, of an existing run if its idempotency key names one."""
+        batch_id, index, _ = await self.enqueue_new(spec, payload, options)
+        return batch_id, index
+
+    async def enqueue_new(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int, bool]:
+        """Like `enqueue`, and return also whether the run is new."""
         self._check_size(spec, payload)
         now_us = self.engine.clock.now_us()
         extra = extra_of(with_trace(options), self.engine.limits, now_us)
-        return await self.put(key_of(spec, options, now_us), payload, JSON, extra)
+        return await self.put_new(key_of(spec, options, now_us), payload, JSON, extra)
 
     async def put(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int]:
         """Make a run durable whose key and extras are known; return `(batch_id, index)`. A large payload is offloaded

@@ -49,7 +49,7 @@ class StreamShares:
     """Places for item streams, shared by environments.
 
     An environment may take a further place while it holds fewer than are free. So one alone gets half of them, two a
-    third each, and a further environment finds a place whatever the others hold.
+    third each, and a further environment always finds a place.
     """
 
     def __init__(self, *, places: int, places_each: int) -> None:

@@ -84,7 +84,8 @@ class Worker:
         self.upkeep = Upkeep(engine, lambda: self.session.session_id)
         self._scheduler = Scheduler(engine, registry) if schedules and registry.schedules else None
         self._registry, self._queues, self._unwritten = registry, queues, UnwrittenResults(engine.clock)
-        hooks = ExecutorCallbacks(self._on_finished, self._on_unsettled, self._wants_runs_now)
+        self._wants_runs = asyncio.Event()
+        hooks = ExecutorCallbacks(self._on_finished, self._on_unsettled, self._wants_runs.set)
         self._executor = Executor(
             registry,
             concurrency=concurrency,
@@ -116,7 +117,6 @@ class Worker:
         self._finished: deque[ActiveLease] = deque()
         self._unsettled: dict[int, ActiveLease] = {}
         self._changed = asyncio.Event()
-        self._wants_runs = asyncio.Event()
         self._stopping = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
         self._counts, self._is_draining = {run.COMPLETED: 0, run.FAILED: 0, ord("r"): 0}, False
@@ -283,10 +283,6 @@ class Worker:
             self._pool.take_unbegun()
         self._wants_runs.set()
         self.engine.wakeup.notify()
-
-    def _wants_runs_now(self) -> None:
-        """Claim at once: a run gave its slot back."""
-        self._wants_runs.set()
 
     # -- settling
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
 from headrace.core import run as runs_core
 from headrace.core.block import Extra
+from headrace.core.page import count_within
 from headrace.core.span import DELAYED, LEASED, WAITING, block_offsets_of, results_of
 from headrace.foundation.ids import INDEX_MAX
 from headrace.store.projections import RunFilter, add_details, check_run_state, details_bytes, view_of
 from headrace.store.protocol import RunRecord
 from headrace.store.transactions.locate import decode_extras, locate, spans_of_block
-from headrace.store.transactions.queries import home_of
+from headrace.store.transactions.queries import NOTHING, home_of
 from headrace.store.transactions.row_mapping import PartShape, as_json, to_part, to_span
 from headrace.store.transactions.sql_script import Script, fetch, fetch_as
 
@@ -22,7 +24,6 @@ SPANS_A_BLOCK: Final = 256
 TAGGED_MAX: Final = 10_000
 DETAILED_RUNS: Final = 256
 """Listed runs whose details are read at a time."""
-NOTHING: Final = (b"", 0)
 SUCCESS: Final = bytes((runs_core.COMPLETED,))
 
 
@@ -185,13 +186,8 @@ def _errors(
         )
     }
     while wanted:
-        ids: list[int] = []
-        held_bytes = 0
-        for shape in wanted.values():
-            held_bytes += shape.results_bytes
-            if ids and held_bytes > bytes_max:
-                break
-            ids.append(shape.id)
+        count = count_within((shape.results_bytes for shape in wanted.values()), bytes_max)
+        ids = list(islice(wanted, count))
         for part_id, row in zip(ids, (yield from fetch("parts_by_id", ids=as_json(ids))), strict=True):
             part = to_part(row)
             for block_offset, code, data, kind in results_of(part):
